@@ -1,0 +1,2 @@
+//! blkferry.
+pub mod nbd;
