@@ -1,2 +1,3 @@
 //! blkferry.
-pub mod nbd;
+pub mod engine;
+pub mod uring;

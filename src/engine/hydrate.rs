@@ -1,0 +1,277 @@
+//! What to fetch next in the background.
+//!
+//! In order of address, from a cursor that starts again at the front when it has come to the end:
+//! blocks that failed or were taken back are absent still and are found then. Where the source tells
+//! its holes, they are never asked for: they cross as metadata.
+
+use std::collections::VecDeque;
+use std::num::NonZeroU64;
+
+use super::geometry::{BlockRun, ByteRange, Geometry};
+use super::inflight::Inflight;
+use super::maps::Maps;
+
+/// Bytes of the device that one extents query asks about: few round trips, and an answer of bounded length.
+const QUERY_BYTES: u64 = 1 << 30;
+
+/// A stretch of the source, as it describes it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Length in bytes.
+    pub len_bytes: u64,
+    /// Reads as zeros.
+    pub zero: bool,
+}
+
+/// What hydration does next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Next {
+    /// Fetch these blocks.
+    Fetch(BlockRun),
+    /// Mark these blocks as zeros.
+    Zero(BlockRun),
+    /// Ask the source about these blocks.
+    Query(BlockRun),
+    /// Everything that is absent is on its way, or the source has been asked.
+    Wait,
+    /// Nothing is absent.
+    Done,
+}
+
+#[derive(Debug)]
+pub(super) struct Planner {
+    cursor: u64,
+    /// Does the source tell its extents?
+    extents_known: bool,
+    /// What the source said, in order: run and "zeros".
+    extents: VecDeque<(BlockRun, bool)>,
+    asked: Option<BlockRun>,
+}
+
+impl Planner {
+    pub(super) fn new(extents_known: bool) -> Self {
+        Self {
+            cursor: 0,
+            extents_known,
+            extents: VecDeque::new(),
+            asked: None,
+        }
+    }
+
+    pub(super) fn next(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Next {
+        let mut at_front_again = false;
+        loop {
+            let Some(start) = maps.next_absent(self.cursor) else {
+                if maps.absent_count() == 0 {
+                    return Next::Done;
+                }
+                if at_front_again {
+                    return Next::Wait;
+                }
+                at_front_again = true;
+                self.cursor = 0;
+                self.extents.clear();
+                continue;
+            };
+            let (owner, until) = inflight.look(start);
+            if owner.is_some() {
+                self.cursor = until;
+                continue;
+            }
+            return self.step(maps, start, until, max_fetch);
+        }
+    }
+
+    fn step(&mut self, maps: &Maps, start: u64, until: u64, max_fetch: NonZeroU64) -> Next {
+        let geometry = maps.geometry();
+        let until = until.min(geometry.blocks());
+        let (end, zero) = if self.extents_known {
+            while self
+                .extents
+                .front()
+                .is_some_and(|(run, _)| run.end <= start)
+            {
+                self.extents.pop_front();
+            }
+            match self.extents.front() {
+                Some((run, zero)) if run.contains(start) => (run.end.min(until), *zero),
+                _ if self.asked.is_some() => return Next::Wait,
+                _ => {
+                    let run = BlockRun::new(
+                        start,
+                        geometry
+                            .blocks()
+                            .min(start + geometry.blocks_in(QUERY_BYTES).get()),
+                    );
+                    self.extents.clear();
+                    self.asked = Some(run);
+                    return Next::Query(run);
+                }
+            }
+        } else {
+            (until, false)
+        };
+        let end = if zero {
+            end
+        } else {
+            end.min(start + max_fetch.get())
+        };
+        let run = BlockRun::new(start, maps.absent_until(start, end));
+        self.cursor = run.end;
+        if zero {
+            Next::Zero(run)
+        } else {
+            Next::Fetch(run)
+        }
+    }
+
+    /// Takes the answer to the query. An empty one (the source could not say) counts as data.
+    pub(super) fn answer(&mut self, geometry: Geometry, extents: &[Extent]) {
+        let Some(asked) = self.asked.take() else {
+            return;
+        };
+        self.extents = to_blocks(geometry, asked, extents);
+        if self.extents.is_empty() {
+            self.extents.push_back((asked, false));
+        }
+    }
+}
+
+/// Extents in bytes → runs of blocks. Only a block that is zeros whole counts as zeros.
+fn to_blocks(
+    geometry: Geometry,
+    asked: BlockRun,
+    extents: &[Extent],
+) -> VecDeque<(BlockRun, bool)> {
+    let bytes = geometry.bytes_of(asked);
+    let mut runs = VecDeque::new();
+    let mut done = asked.start;
+    let mut at = bytes.start;
+    let mut extents = extents.iter().peekable();
+    let mut zeros_since = None;
+    while let Some(extent) = extents.next() {
+        let start = if extent.zero {
+            *zeros_since.get_or_insert(at)
+        } else {
+            at
+        };
+        at = at.saturating_add(extent.len_bytes).min(bytes.end);
+        let more_zeros = extents.peek().is_some_and(|next| next.zero);
+        if extent.zero && !more_zeros {
+            let inside = geometry.inside(ByteRange { start, end: at }).clip(asked);
+            if !inside.is_empty() {
+                push(&mut runs, BlockRun::new(done, inside.start), false);
+                push(&mut runs, inside, true);
+                done = inside.end;
+            }
+            zeros_since = None;
+        }
+    }
+    // What the answer covers only in part (the end of a short answer) is asked about again.
+    let covered = geometry
+        .inside(ByteRange {
+            start: bytes.start,
+            end: at,
+        })
+        .end
+        .clamp(done, asked.end);
+    push(&mut runs, BlockRun::new(done, covered), false);
+    runs
+}
+
+fn push(runs: &mut VecDeque<(BlockRun, bool)>, run: BlockRun, zero: bool) {
+    if !run.is_empty() {
+        runs.push_back((run, zero));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn extent(len_bytes: u64, zero: bool) -> Extent {
+        Extent { len_bytes, zero }
+    }
+
+    #[test]
+    fn only_whole_blocks_of_zeros_are_zeros() {
+        let g = Geometry::new(10 * 4096 + 512, 4096).unwrap();
+        let runs = to_blocks(
+            g,
+            g.all(),
+            &[
+                extent(5000, false),
+                extent(4096, true),
+                extent(8192, true),
+                extent(1 << 40, false),
+            ],
+        );
+        // Zeros from 5000 to 17288: blocks 2 and 3 are inside.
+        assert_eq!(
+            runs,
+            [
+                (BlockRun::new(0, 2), false),
+                (BlockRun::new(2, 4), true),
+                (BlockRun::new(4, 11), false)
+            ]
+        );
+        let tail = to_blocks(g, BlockRun::new(8, 11), &[extent(1 << 40, true)]);
+        assert_eq!(tail, [(BlockRun::new(8, 11), true)]);
+    }
+
+    #[test]
+    fn a_short_answer_is_asked_about_again() {
+        let g = Geometry::new(10 * 4096, 4096).unwrap();
+        assert_eq!(
+            to_blocks(g, g.all(), &[extent(4096 * 3 + 100, false)]),
+            [(BlockRun::new(0, 3), false)]
+        );
+        // An answer of less than a block says nothing, and counts as data.
+        let mut planner = Planner::new(true);
+        let maps = Maps::in_memory(g);
+        let max = g.blocks_in(4096 * 4);
+        assert_eq!(
+            planner.next(&maps, &Inflight::default(), max),
+            Next::Query(g.all())
+        );
+        assert_eq!(planner.next(&maps, &Inflight::default(), max), Next::Wait);
+        planner.answer(g, &[extent(100, true)]);
+        assert_eq!(
+            planner.next(&maps, &Inflight::default(), max),
+            Next::Fetch(BlockRun::new(0, 4))
+        );
+    }
+
+    #[test]
+    fn the_plan_skips_what_is_present_or_in_flight_and_comes_round() {
+        let g = Geometry::new(12 * 4096, 4096).unwrap();
+        let maps = Maps::in_memory(g);
+        let mut inflight = Inflight::default();
+        maps.mark_present(BlockRun::new(0, 2));
+        inflight.give(
+            BlockRun::new(4, 6),
+            super::super::inflight::Owner::Wire(super::super::FetchId(1)),
+        );
+        let mut planner = Planner::new(false);
+        let max = g.blocks_in(4096 * 5);
+        let mut seen = Vec::new();
+        while let Next::Fetch(run) = planner.next(&maps, &inflight, max) {
+            seen.push((run.start, run.end));
+            inflight.give(
+                run,
+                super::super::inflight::Owner::Wire(super::super::FetchId(2)),
+            );
+        }
+        assert_eq!(seen, [(2, 4), (6, 11), (11, 12)]);
+        assert_eq!(planner.next(&maps, &inflight, max), Next::Wait);
+        // One fetch fails: its blocks come again.
+        inflight.free(BlockRun::new(6, 11));
+        assert_eq!(
+            planner.next(&maps, &inflight, max),
+            Next::Fetch(BlockRun::new(6, 11))
+        );
+        inflight.free(BlockRun::new(0, 12));
+        maps.mark_present(g.all());
+        assert_eq!(planner.next(&maps, &inflight, max), Next::Done);
+    }
+}

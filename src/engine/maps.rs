@@ -1,0 +1,404 @@
+//! The present map and the dirty map, as words that many threads read and set without a lock.
+//!
+//! Order is the point here. A present bit is set with `Release` after the data stands in the cache,
+//! and read with `Acquire` before the cache is read: whoever sees the bit sees the data. (This is why
+//! the words are plain atomics: the `bitvec` crate sets atomic bits relaxed.)
+//!
+//! Each bit that changes also flags its *map page* (see [`PAGE_BLOCKS`]) as changed, after the bit
+//! itself. A commit takes the flags, then reads the words: a bit that it misses has its flag still to come.
+
+use std::ops::RangeInclusive;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use super::geometry::{BlockRun, Geometry};
+
+/// 64-bit words of one map (present or dirty) that a map page holds.
+pub const PAGE_WORDS: usize = 248;
+/// Blocks that one map page tells about.
+pub const PAGE_BLOCKS: u64 = PAGE_WORDS as u64 * 64;
+
+/// Where the words live: in a plain box, or in memory that survives the process.
+pub trait Words: Send + Sync {
+    /// First the present words, then as many dirty words.
+    fn words(&self) -> &[AtomicU64];
+}
+
+impl Words for Box<[AtomicU64]> {
+    fn words(&self) -> &[AtomicU64] {
+        self
+    }
+}
+
+/// The words of one map page, as they were when they were read.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct PageImage {
+    /// Index of the page.
+    pub page: u64,
+    /// Present words.
+    pub present: [u64; PAGE_WORDS],
+    /// Dirty words.
+    pub dirty: [u64; PAGE_WORDS],
+}
+
+impl PageImage {
+    /// A page with no bit set.
+    pub fn empty(page: u64) -> Self {
+        Self {
+            page,
+            present: [0; PAGE_WORDS],
+            dirty: [0; PAGE_WORDS],
+        }
+    }
+}
+
+/// Both maps of a device.
+#[derive(Clone)]
+pub struct Maps {
+    inner: Arc<Inner>,
+}
+
+struct Inner {
+    geometry: Geometry,
+    words: Box<dyn Words>,
+    map_words: usize,
+    /// Pages with bits that no commit has taken yet, and pages of the commit that is running: one bit a page.
+    changed: Box<[AtomicU64]>,
+    committing: Box<[AtomicU64]>,
+    present_count: AtomicU64,
+    dirty_count: AtomicU64,
+}
+
+fn zeroed(words: usize) -> Box<[AtomicU64]> {
+    (0..words).map(|_| AtomicU64::new(0)).collect()
+}
+
+/// The words that a run of blocks touches, each with the mask of the run's bits in it.
+fn masks(run: BlockRun) -> impl Iterator<Item = (usize, u64)> {
+    let words = if run.is_empty() {
+        1..=0
+    } else {
+        run.start / 64..=(run.end - 1) / 64
+    };
+    let words: RangeInclusive<u64> = words;
+    words.map(move |word| {
+        let low = run.start.saturating_sub(word * 64);
+        let high = (run.end - word * 64).min(64);
+        let mask = (u64::MAX >> (64 - (high - low))) << low;
+        (word as usize, mask)
+    })
+}
+
+impl Maps {
+    /// Words that a device needs in all, for both maps.
+    pub fn words_needed(geometry: Geometry) -> usize {
+        2 * Self::map_words(geometry)
+    }
+
+    /// Map pages of a device.
+    pub fn pages(geometry: Geometry) -> u64 {
+        geometry.blocks().div_ceil(PAGE_BLOCKS)
+    }
+
+    fn map_words(geometry: Geometry) -> usize {
+        Self::pages(geometry) as usize * PAGE_WORDS
+    }
+
+    /// Maps over words that may hold bits already. Bits beyond the device's end must be clear.
+    /// All pages with a bit count as not yet committed.
+    pub fn new(geometry: Geometry, words: Box<dyn Words>) -> Self {
+        let map_words = Self::map_words(geometry);
+        assert_eq!(
+            words.words().len(),
+            2 * map_words,
+            "the words must fit the geometry"
+        );
+        let flags = Self::pages(geometry).div_ceil(64) as usize;
+        let count = |words: &[AtomicU64]| {
+            words
+                .iter()
+                .map(|w| u64::from(w.load(Ordering::Relaxed).count_ones()))
+                .sum()
+        };
+        let (present, dirty) = words.words().split_at(map_words);
+        let present_count = AtomicU64::new(count(present));
+        let dirty_count = AtomicU64::new(count(dirty));
+        let changed = zeroed(flags);
+        for word in (0..map_words)
+            .filter(|&w| present[w].load(Ordering::Relaxed) | dirty[w].load(Ordering::Relaxed) != 0)
+        {
+            let page = word / PAGE_WORDS;
+            changed[page / 64].fetch_or(1 << (page % 64), Ordering::Relaxed);
+        }
+        let committing = zeroed(flags);
+        Self {
+            inner: Arc::new(Inner {
+                geometry,
+                words,
+                map_words,
+                changed,
+                committing,
+                present_count,
+                dirty_count,
+            }),
+        }
+    }
+
+    /// Empty maps in plain memory.
+    pub fn in_memory(geometry: Geometry) -> Self {
+        Self::new(geometry, Box::new(zeroed(Self::words_needed(geometry))))
+    }
+
+    /// Sizes of the device.
+    pub fn geometry(&self) -> Geometry {
+        self.inner.geometry
+    }
+
+    fn present(&self) -> &[AtomicU64] {
+        &self.inner.words.words()[..self.inner.map_words]
+    }
+
+    fn dirty(&self) -> &[AtomicU64] {
+        &self.inner.words.words()[self.inner.map_words..]
+    }
+
+    /// Does the cache hold this block's truth?
+    pub fn is_present(&self, block: u64) -> bool {
+        self.present()[block as usize / 64].load(Ordering::Acquire) & (1 << (block % 64)) != 0
+    }
+
+    /// Does the cache hold all of these blocks?
+    pub fn all_present(&self, run: BlockRun) -> bool {
+        let present = self.present();
+        masks(run).all(|(word, mask)| present[word].load(Ordering::Acquire) & mask == mask)
+    }
+
+    /// Did the guest write any of these blocks here?
+    pub fn any_dirty(&self, run: BlockRun) -> bool {
+        let dirty = self.dirty();
+        masks(run).any(|(word, mask)| dirty[word].load(Ordering::Acquire) & mask != 0)
+    }
+
+    /// The first absent block at or after `from`.
+    pub fn next_absent(&self, from: u64) -> Option<u64> {
+        self.find(from, self.inner.geometry.blocks(), |word| !word)
+    }
+
+    /// The end of the absent run that starts at `from`, at most `limit`.
+    pub fn absent_until(&self, from: u64, limit: u64) -> u64 {
+        self.find(from, limit, |word| word).unwrap_or(limit)
+    }
+
+    /// The end of the present run that starts at `from`, at most `limit`.
+    pub fn present_until(&self, from: u64, limit: u64) -> u64 {
+        self.find(from, limit, |word| !word).unwrap_or(limit)
+    }
+
+    fn find(&self, from: u64, limit: u64, wanted: impl Fn(u64) -> u64) -> Option<u64> {
+        let present = self.present();
+        masks(BlockRun::new(from, limit)).find_map(|(word, mask)| {
+            let hits = wanted(present[word].load(Ordering::Acquire)) & mask;
+            (hits != 0).then(|| word as u64 * 64 + u64::from(hits.trailing_zeros()))
+        })
+    }
+
+    /// Number of present blocks.
+    pub fn present_count(&self) -> u64 {
+        self.inner.present_count.load(Ordering::Relaxed)
+    }
+
+    /// Number of dirty blocks.
+    pub fn dirty_count(&self) -> u64 {
+        self.inner.dirty_count.load(Ordering::Relaxed)
+    }
+
+    /// Number of absent blocks.
+    pub fn absent_count(&self) -> u64 {
+        self.inner.geometry.blocks() - self.present_count()
+    }
+
+    /// Says that the cache holds these blocks. Only after their data was written (I1).
+    pub(super) fn mark_present(&self, run: BlockRun) {
+        self.mark(self.present(), run, &self.inner.present_count);
+    }
+
+    /// Says that the guest writes these blocks here. Before the write, so that the dirty map is never short of a block.
+    pub fn mark_dirty(&self, run: BlockRun) {
+        self.mark(self.dirty(), run, &self.inner.dirty_count);
+    }
+
+    fn mark(&self, map: &[AtomicU64], run: BlockRun, count: &AtomicU64) {
+        let mut fresh = 0;
+        for (word, mask) in masks(run) {
+            if map[word].load(Ordering::Acquire) & mask == mask {
+                continue;
+            }
+            let old = map[word].fetch_or(mask, Ordering::SeqCst);
+            fresh += u64::from((mask & !old).count_ones());
+            let page = word / PAGE_WORDS;
+            self.inner.changed[page / 64].fetch_or(1 << (page % 64), Ordering::SeqCst);
+        }
+        if fresh > 0 {
+            count.fetch_add(fresh, Ordering::Relaxed);
+        }
+    }
+
+    /// Are all bits of these blocks committed? May say no of bits that are, never yes of bits that are not.
+    pub fn is_committed(&self, run: BlockRun) -> bool {
+        if run.is_empty() {
+            return true;
+        }
+        let pages = run.start / PAGE_BLOCKS..=(run.end - 1) / PAGE_BLOCKS;
+        pages.into_iter().all(|page| {
+            let (word, bit) = (page as usize / 64, 1 << (page % 64));
+            // In this order: a commit moves a page from changed to committing by setting before clearing.
+            self.inner.changed[word].load(Ordering::SeqCst) & bit == 0
+                && self.inner.committing[word].load(Ordering::SeqCst) & bit == 0
+        })
+    }
+
+    /// Is there a bit that no commit has taken?
+    pub fn has_uncommitted(&self) -> bool {
+        self.inner
+            .changed
+            .iter()
+            .chain(&self.inner.committing)
+            .any(|w| w.load(Ordering::SeqCst) != 0)
+    }
+
+    /// Takes the set of changed pages for a commit and reads them. One commit at a time:
+    /// [`Maps::committed`] or [`Maps::commit_failed`] must follow.
+    pub fn take_changed(&self) -> Vec<PageImage> {
+        let mut pages = Vec::new();
+        for (index, changed) in self.inner.changed.iter().enumerate() {
+            let bits = changed.load(Ordering::SeqCst);
+            self.inner.committing[index].fetch_or(bits, Ordering::SeqCst);
+            changed.fetch_and(!bits, Ordering::SeqCst);
+            let set = (0..64).filter(|bit| bits & (1 << bit) != 0);
+            pages.extend(set.map(|bit| self.read_page(index as u64 * 64 + bit)));
+        }
+        pages
+    }
+
+    /// The pages that were taken are durable.
+    pub fn committed(&self) {
+        self.inner
+            .committing
+            .iter()
+            .for_each(|word| word.store(0, Ordering::SeqCst));
+    }
+
+    /// The pages that were taken are not durable: they count as changed again.
+    pub fn commit_failed(&self) {
+        for (changed, committing) in self.inner.changed.iter().zip(&self.inner.committing) {
+            changed.fetch_or(committing.load(Ordering::SeqCst), Ordering::SeqCst);
+            committing.store(0, Ordering::SeqCst);
+        }
+    }
+
+    /// The words of a page as they are now.
+    pub fn read_page(&self, page: u64) -> PageImage {
+        let first = page as usize * PAGE_WORDS;
+        let mut image = PageImage::empty(page);
+        for (offset, word) in image.present.iter_mut().enumerate() {
+            *word = self.present()[first + offset].load(Ordering::SeqCst);
+        }
+        for (offset, word) in image.dirty.iter_mut().enumerate() {
+            *word = self.dirty()[first + offset].load(Ordering::SeqCst);
+        }
+        image
+    }
+}
+
+/// Fills words from committed pages, before [`Maps::new`]: bits are added, never taken away.
+pub fn load_page(words: &[AtomicU64], image: &PageImage) {
+    let (present, dirty) = words.split_at(words.len() / 2);
+    let first = image.page as usize * PAGE_WORDS;
+    for offset in 0..PAGE_WORDS {
+        present[first + offset].fetch_or(image.present[offset], Ordering::Relaxed);
+        dirty[first + offset].fetch_or(image.dirty[offset], Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    fn maps(blocks: u64) -> Maps {
+        Maps::in_memory(Geometry::new(blocks * 4096, 4096).unwrap())
+    }
+
+    proptest! {
+        #[test]
+        fn runs_behave_like_a_list_of_bools(runs in prop::collection::vec((0u64..40_000, 0u64..20_000), 0..12), probe in 0u64..40_000) {
+            let blocks = 40_000;
+            let maps = maps(blocks);
+            let mut naive = vec![false; blocks as usize];
+            for (start, len) in runs {
+                let run = BlockRun::new(start, (start + len).min(blocks));
+                maps.mark_present(run);
+                naive[run.start as usize..run.end as usize].fill(true);
+            }
+            prop_assert_eq!(maps.present_count(), naive.iter().filter(|&&b| b).count() as u64);
+            let tail = &naive[probe as usize..];
+            prop_assert_eq!(maps.next_absent(probe), tail.iter().position(|&b| !b).map(|n| n as u64 + probe));
+            let until = |b: bool| tail.iter().position(|&x| x != b).map_or(blocks, |n| n as u64 + probe);
+            prop_assert_eq!(maps.absent_until(probe, blocks), until(false));
+            prop_assert_eq!(maps.present_until(probe, blocks), until(true));
+            let run = BlockRun::new(probe, (probe + 130).min(blocks));
+            prop_assert_eq!(maps.all_present(run), naive[run.start as usize..run.end as usize].iter().all(|&b| b));
+        }
+    }
+
+    #[test]
+    fn a_commit_takes_what_changed_and_nothing_else() {
+        let maps = maps(3 * PAGE_BLOCKS);
+        assert!(maps.take_changed().is_empty());
+        maps.mark_dirty(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1));
+        maps.mark_present(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1));
+        assert!(!maps.is_committed(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1)));
+        assert!(maps.is_committed(BlockRun::new(0, PAGE_BLOCKS)));
+        let taken = maps.take_changed();
+        assert_eq!(
+            (
+                taken.len(),
+                taken[0].page,
+                taken[0].present[0],
+                taken[0].dirty[0]
+            ),
+            (1, 1, 1, 1)
+        );
+        // While the commit runs, the page is neither committed nor forgotten.
+        assert!(!maps.is_committed(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1)));
+        maps.commit_failed();
+        assert_eq!(maps.take_changed(), taken);
+        maps.mark_present(BlockRun::new(PAGE_BLOCKS + 1, PAGE_BLOCKS + 2));
+        maps.committed();
+        assert!(!maps.is_committed(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1)));
+        assert_eq!(maps.take_changed()[0].present[0], 3);
+        maps.committed();
+        assert!(!maps.has_uncommitted());
+    }
+
+    #[test]
+    fn pages_load_back() {
+        let old = maps(PAGE_BLOCKS + 5);
+        old.mark_present(BlockRun::new(3, PAGE_BLOCKS + 2));
+        old.mark_dirty(BlockRun::new(3, 4));
+        let words = zeroed(Maps::words_needed(old.geometry()));
+        old.take_changed()
+            .iter()
+            .for_each(|page| load_page(&words, page));
+        let new = Maps::new(old.geometry(), Box::new(words));
+        assert_eq!(
+            (new.present_count(), new.dirty_count()),
+            (PAGE_BLOCKS - 1, 1)
+        );
+        assert!(
+            new.all_present(BlockRun::new(3, PAGE_BLOCKS + 2))
+                && new.any_dirty(BlockRun::new(0, 4))
+        );
+        assert!(new.has_uncommitted());
+    }
+}

@@ -1,0 +1,236 @@
+//! Positioned I/O on files and block devices.
+
+use std::fs::File;
+use std::io;
+use std::ops::Range;
+use std::os::fd::{AsRawFd, OwnedFd};
+use std::sync::Arc;
+
+use io_uring::{opcode, types};
+use nix::libc;
+
+use super::net::Part;
+use super::reactor::submit;
+
+/// Bytes of a page: the unit of direct I/O and of the page cache.
+pub const PAGE_BYTES: usize = 4096;
+/// Largest piece handed to the kernel at once; longer requests are done piece by piece.
+const MAX_PIECE_BYTES: usize = 16 << 20;
+/// Piece in which zeros are written where the file system cannot punch.
+const ZERO_PIECE_BYTES: u64 = 1 << 20;
+
+/// How a range becomes zeros.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ZeroMode {
+    /// Give the space back (TRIM, WRITE_ZEROES without NO_HOLE).
+    Punch,
+    /// Keep the space allocated (WRITE_ZEROES with NO_HOLE).
+    KeepAllocated,
+}
+
+impl ZeroMode {
+    fn fallocate_flags(self) -> i32 {
+        match self {
+            Self::Punch => libc::FALLOC_FL_PUNCH_HOLE | libc::FALLOC_FL_KEEP_SIZE,
+            Self::KeepAllocated => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
+        }
+    }
+}
+
+/// A file for positioned I/O through the ring of whichever thread calls.
+#[derive(Clone, Debug)]
+pub struct FileIo {
+    fd: Arc<OwnedFd>,
+}
+
+impl From<File> for FileIo {
+    fn from(file: File) -> Self {
+        Self {
+            fd: Arc::new(file.into()),
+        }
+    }
+}
+
+struct ReadOp {
+    _fd: Arc<OwnedFd>,
+    buf: Vec<u8>,
+}
+
+struct WriteOp {
+    _fd: Arc<OwnedFd>,
+    part: Part,
+}
+
+impl FileIo {
+    /// The descriptor, for the calls that do not go through a ring (fdatasync, lseek, locks).
+    pub fn fd(&self) -> &OwnedFd {
+        &self.fd
+    }
+
+    /// Reads exactly `at.len()` bytes from `offset_bytes` into `buf[at]`; the buffer comes back either way.
+    /// The end of the file is an error ([`io::ErrorKind::UnexpectedEof`]).
+    pub async fn read_exact_at(
+        &self,
+        mut buf: Vec<u8>,
+        at: Range<usize>,
+        offset_bytes: u64,
+    ) -> (io::Result<()>, Vec<u8>) {
+        let mut done = 0;
+        let want = at.len();
+        while done < want {
+            let start = at.start + done;
+            let len = (want - done).min(MAX_PIECE_BYTES);
+            debug_assert!(start + len <= buf.len());
+            let fd = types::Fd(self.fd.as_raw_fd());
+            let offset = offset_bytes + done as u64;
+            // SAFETY: descriptor and buffer are owned by the resource; start + len is within the buffer.
+            let op = unsafe {
+                submit(
+                    ReadOp {
+                        _fd: self.fd.clone(),
+                        buf,
+                    },
+                    |r| {
+                        let target = &mut r.buf[start..start + len];
+                        opcode::Read::new(fd, target.as_mut_ptr(), target.len() as u32)
+                            .offset(offset)
+                            .build()
+                    },
+                )
+            };
+            let (result, resource) = op.await;
+            buf = resource.buf;
+            match result {
+                Ok(0) => return (Err(io::ErrorKind::UnexpectedEof.into()), buf),
+                Ok(n) => done += n as usize,
+                Err(e) if is_transient(&e) => {}
+                Err(e) => return (Err(e), buf),
+            }
+        }
+        (Ok(()), buf)
+    }
+
+    /// Writes the whole part at `offset_bytes`. With `dsync` the data is durable when this returns (RWF_DSYNC).
+    pub async fn write_all_at(
+        &self,
+        mut part: Part,
+        offset_bytes: u64,
+        dsync: bool,
+    ) -> io::Result<()> {
+        let mut done = 0;
+        let want = part.len();
+        let flags = if dsync { libc::RWF_DSYNC } else { 0 };
+        while done < want {
+            let len = (want - done).min(MAX_PIECE_BYTES);
+            let fd = types::Fd(self.fd.as_raw_fd());
+            let offset = offset_bytes + done as u64;
+            let mut piece_len = 0;
+            // SAFETY: descriptor and bytes are owned by the resource; the slice is within them.
+            let op = unsafe {
+                submit(
+                    WriteOp {
+                        _fd: self.fd.clone(),
+                        part,
+                    },
+                    |w| {
+                        let source = w.part.slice_at(done, len);
+                        piece_len = source.len();
+                        opcode::Write::new(fd, source.as_ptr(), source.len() as u32)
+                            .offset(offset)
+                            .rw_flags(flags)
+                            .build()
+                    },
+                )
+            };
+            let (result, resource) = op.await;
+            part = resource.part;
+            match result {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(n) => done += n as usize,
+                Err(e) if is_transient(&e) => {}
+                Err(e) => return Err(e),
+            }
+        }
+        Ok(())
+    }
+
+    /// Turns a range into zeros. Where the file system cannot, zeros are written, unless `fast_only`:
+    /// then the error is `EOPNOTSUPP` and nothing was changed.
+    pub async fn zero_at(
+        &self,
+        offset_bytes: u64,
+        len_bytes: u64,
+        mode: ZeroMode,
+        fast_only: bool,
+    ) -> io::Result<()> {
+        loop {
+            let fd = types::Fd(self.fd.as_raw_fd());
+            // SAFETY: the descriptor is owned by the resource; there is no memory.
+            let op = unsafe {
+                submit(self.fd.clone(), |_| {
+                    opcode::Fallocate::new(fd, len_bytes)
+                        .offset(offset_bytes)
+                        .mode(mode.fallocate_flags())
+                        .build()
+                })
+            };
+            match op.await.0 {
+                Ok(_) => return Ok(()),
+                Err(e) if is_transient(&e) => {}
+                Err(e) if is_unsupported(&e) && !fast_only => break,
+                Err(e) => return Err(e),
+            }
+        }
+        let end = offset_bytes + len_bytes;
+        let mut at = offset_bytes;
+        while at < end {
+            let piece = (end - at).min(ZERO_PIECE_BYTES);
+            self.write_all_at(Part::Zeros(piece as usize), at, false)
+                .await?;
+            at += piece;
+        }
+        Ok(())
+    }
+}
+
+fn is_transient(e: &io::Error) -> bool {
+    matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
+}
+
+fn is_unsupported(e: &io::Error) -> bool {
+    matches!(
+        e.raw_os_error(),
+        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV)
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::Reactor;
+    use super::*;
+
+    #[test]
+    fn write_read_zero_and_the_end_of_the_file() {
+        let file = FileIo::from(tempfile::tempfile().unwrap());
+        let reactor = Reactor::new().unwrap();
+        reactor
+            .block_on(async move {
+                let data: Vec<u8> = (0..100_000u32).map(|n| n as u8 | 1).collect();
+                file.write_all_at(Part::Owned(data.clone()), 512, false)
+                    .await
+                    .unwrap();
+                file.zero_at(4096, 8192, ZeroMode::Punch, false)
+                    .await
+                    .unwrap();
+                let (result, back) = file.read_exact_at(vec![9; 100_010], 5..100_005, 512).await;
+                result.unwrap();
+                let mut want = data;
+                want[4096 - 512..4096 - 512 + 8192].fill(0);
+                assert_eq!(&back[5..100_005], &want[..]);
+                assert_eq!(&back[..5], &[9; 5]);
+                let (result, _) = file.read_exact_at(vec![0; 4096], 0..4096, 100_000).await;
+                assert_eq!(result.unwrap_err().kind(), io::ErrorKind::UnexpectedEof);
+            })
+            .unwrap();
+    }
+}

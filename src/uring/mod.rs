@@ -1,0 +1,28 @@
+//! The io_uring reactor: one ring a thread, and everything that waits waits in it.
+//!
+//! ```text
+//!   task ──submit──► slab of operations ──SQE──► kernel
+//!    ▲                    │ owns fd and buffers until the CQE
+//!    └──────wake──────────┘◄──CQE──
+//! ```
+//!
+//! Invariant: the memory and the descriptor that an operation names belong to its slab entry from
+//! submission to completion. A future that is dropped leaves its entry behind (and asks the kernel
+//! to cancel), so the kernel never writes into memory that somebody else got. A reactor that goes
+//! away cancels and waits for all that is still in flight.
+//!
+//! This module is one of the two homes of `unsafe` (the other is the ublk adapter): rings, and the
+//! shared mapping of the live maps.
+#![allow(unsafe_code)]
+
+mod file;
+mod net;
+mod probe;
+mod reactor;
+mod shared;
+
+pub use file::{FileIo, PAGE_BYTES, ZeroMode};
+pub use net::{BindError, Connection, Listener, Part};
+pub use probe::{UringError, require_io_uring};
+pub use reactor::{Mailbox, Reactor, Task, every, sleep, spawn};
+pub use shared::SharedWords;

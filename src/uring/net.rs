@@ -1,0 +1,446 @@
+//! Stream sockets: listeners, connections, and the parts that are sent over them.
+
+use std::fs;
+use std::io;
+use std::net::{TcpListener, TcpStream, ToSocketAddrs};
+use std::ops::Range;
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
+use std::os::unix::fs::{FileTypeExt, PermissionsExt};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::ptr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use io_uring::{opcode, types};
+use nix::libc;
+use nix::sys::socket::{setsockopt, sockopt};
+
+use super::reactor::submit;
+
+/// Zeros that are sent or written without being stored.
+static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+/// Parts handed to one sendmsg(2); the kernel's own limit (IOV_MAX) is 1024.
+const MAX_PARTS_PER_SEND: usize = 256;
+
+/// A piece of memory on its way to a socket or a file. It owns what it points at.
+#[derive(Clone, Debug)]
+pub enum Part {
+    /// Bytes of its own.
+    Owned(Vec<u8>),
+    /// A range of a buffer that others may read too.
+    Shared {
+        /// The buffer.
+        bytes: Arc<Vec<u8>>,
+        /// The range of it that this part is.
+        range: Range<usize>,
+    },
+    /// That many zero bytes.
+    Zeros(usize),
+}
+
+impl Part {
+    /// Length in bytes.
+    pub fn len(&self) -> usize {
+        match self {
+            Self::Owned(bytes) => bytes.len(),
+            Self::Shared { range, .. } => range.len(),
+            Self::Zeros(len) => *len,
+        }
+    }
+
+    /// Nothing in it?
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// At most `max` bytes from `start`; zeros come in pieces of 64 KiB.
+    pub(super) fn slice_at(&self, start: usize, max: usize) -> &[u8] {
+        match self {
+            Self::Owned(bytes) => &bytes[start..bytes.len().min(start + max)],
+            Self::Shared { bytes, range } => {
+                &bytes[range.start + start..range.end.min(range.start + start + max)]
+            }
+            Self::Zeros(len) => &ZEROS[..ZEROS.len().min(*len - start).min(max)],
+        }
+    }
+
+    /// Appends the bytes to `out`.
+    pub fn append_to(&self, out: &mut Vec<u8>) {
+        match self {
+            Self::Zeros(len) => out.resize(out.len() + len, 0),
+            other => out.extend_from_slice(other.slice_at(0, usize::MAX >> 1)),
+        }
+    }
+}
+
+/// A connected stream socket.
+#[derive(Clone, Debug)]
+pub struct Connection {
+    fd: Arc<OwnedFd>,
+}
+
+struct RecvOp {
+    _fd: Arc<OwnedFd>,
+    buf: Vec<u8>,
+}
+
+struct SendOp {
+    _fd: Arc<OwnedFd>,
+    parts: Vec<Part>,
+    vectors: Vec<libc::iovec>,
+    header: libc::msghdr,
+}
+
+impl Connection {
+    fn new(fd: OwnedFd) -> Self {
+        // Fails on a unix socket, where there is nothing to delay.
+        let _ = setsockopt(&fd, sockopt::TcpNoDelay, &true);
+        Self { fd: Arc::new(fd) }
+    }
+
+    /// Connects over TCP. Resolving and connecting run on a thread of their own: nothing blocks a ring.
+    pub async fn connect_tcp(host: String, port: u16, timeout: Duration) -> io::Result<Self> {
+        let connect = move || {
+            let mut last = io::Error::new(io::ErrorKind::NotFound, "the name has no address");
+            for address in (host.as_str(), port).to_socket_addrs()? {
+                match TcpStream::connect_timeout(&address, timeout) {
+                    Ok(stream) => return Ok(OwnedFd::from(stream)),
+                    Err(e) => last = e,
+                }
+            }
+            Err(last)
+        };
+        elsewhere(connect).await.map(Self::new)
+    }
+
+    /// Connects to a unix socket.
+    pub async fn connect_unix(path: PathBuf) -> io::Result<Self> {
+        elsewhere(move || UnixStream::connect(path).map(OwnedFd::from))
+            .await
+            .map(Self::new)
+    }
+
+    /// Receives at most `at.len()` bytes into `buf[at]`; 0 means that the peer has closed.
+    pub async fn recv(&self, buf: Vec<u8>, at: Range<usize>) -> (io::Result<usize>, Vec<u8>) {
+        self.recv_flags(buf, at, 0).await
+    }
+
+    /// Receives exactly `at.len()` bytes into `buf[at]`. A peer that closes before is an `UnexpectedEof`.
+    pub async fn recv_exact(
+        &self,
+        mut buf: Vec<u8>,
+        at: Range<usize>,
+    ) -> (io::Result<()>, Vec<u8>) {
+        let mut start = at.start;
+        while start < at.end {
+            let (result, back) = self.recv_flags(buf, start..at.end, libc::MSG_WAITALL).await;
+            buf = back;
+            match result {
+                Ok(0) => return (Err(io::ErrorKind::UnexpectedEof.into()), buf),
+                Ok(n) => start += n,
+                Err(e) => return (Err(e), buf),
+            }
+        }
+        (Ok(()), buf)
+    }
+
+    async fn recv_flags(
+        &self,
+        mut buf: Vec<u8>,
+        at: Range<usize>,
+        flags: i32,
+    ) -> (io::Result<usize>, Vec<u8>) {
+        loop {
+            let fd = types::Fd(self.fd.as_raw_fd());
+            let range = at.clone();
+            // SAFETY: socket and buffer are owned by the resource; indexing checks the range.
+            let op = unsafe {
+                submit(
+                    RecvOp {
+                        _fd: self.fd.clone(),
+                        buf,
+                    },
+                    |r| {
+                        let target = &mut r.buf[range];
+                        opcode::Recv::new(fd, target.as_mut_ptr(), target.len() as u32)
+                            .flags(flags)
+                            .build()
+                    },
+                )
+            };
+            let (result, resource) = op.await;
+            buf = resource.buf;
+            match result {
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+                other => return (other.map(|n| n as usize), buf),
+            }
+        }
+    }
+
+    /// Sends all parts, in order. The caller makes sure that one send runs at a time.
+    pub async fn send(&self, mut parts: Vec<Part>) -> io::Result<()> {
+        let mut first = 0;
+        let mut skip = 0;
+        while first < parts.len() {
+            if parts[first].len() == skip {
+                first += 1;
+                skip = 0;
+                continue;
+            }
+            let (result, back) = self.send_some(parts, first, skip).await;
+            parts = back;
+            let mut sent = match result {
+                Ok(n) => n,
+                Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
+                Err(e) => return Err(e),
+            };
+            while first < parts.len() && sent >= parts[first].len() - skip {
+                sent -= parts[first].len() - skip;
+                skip = 0;
+                first += 1;
+            }
+            skip += sent;
+        }
+        Ok(())
+    }
+
+    async fn send_some(
+        &self,
+        parts: Vec<Part>,
+        first: usize,
+        skip: usize,
+    ) -> (io::Result<usize>, Vec<Part>) {
+        let fd = types::Fd(self.fd.as_raw_fd());
+        // SAFETY: a msghdr of zeros is a valid empty message.
+        let header: libc::msghdr = unsafe { std::mem::zeroed() };
+        let send = SendOp {
+            _fd: self.fd.clone(),
+            parts,
+            vectors: Vec::new(),
+            header,
+        };
+        // SAFETY: socket, parts, vectors and header are owned by the resource, at their final addresses
+        // when the entry is built; nothing touches them until the completion.
+        let op = unsafe {
+            submit(send, |s| {
+                s.fill(first, skip);
+                s.header.msg_iov = s.vectors.as_mut_ptr();
+                s.header.msg_iovlen = s.vectors.len();
+                let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32;
+                opcode::SendMsg::new(fd, ptr::from_ref(&s.header))
+                    .flags(flags)
+                    .build()
+            })
+        };
+        let (result, resource) = op.await;
+        (result.map(|n| n as usize), resource.parts)
+    }
+
+    /// Ends both directions; what waits on the socket wakes up.
+    pub fn shutdown(&self) {
+        let _ = nix::sys::socket::shutdown(self.fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);
+    }
+}
+
+impl SendOp {
+    fn fill(&mut self, first: usize, skip: usize) {
+        let mut start = skip;
+        for part in &self.parts[first..] {
+            while start < part.len() && self.vectors.len() < MAX_PARTS_PER_SEND {
+                let slice = part.slice_at(start, usize::MAX >> 1);
+                start += slice.len();
+                self.vectors.push(libc::iovec {
+                    iov_base: slice.as_ptr().cast_mut().cast(),
+                    iov_len: slice.len(),
+                });
+            }
+            start = 0;
+            if self.vectors.len() == MAX_PARTS_PER_SEND {
+                return;
+            }
+        }
+    }
+}
+
+/// Runs a blocking call on a thread of its own.
+async fn elsewhere<T: Send + 'static>(
+    call: impl FnOnce() -> io::Result<T> + Send + 'static,
+) -> io::Result<T> {
+    let (sender, receiver) = futures_channel::oneshot::channel();
+    std::thread::Builder::new()
+        .name("connect".into())
+        .spawn(move || {
+            // The receiver is gone if the caller gave up; then nobody wants the result.
+            let _ = sender.send(call());
+        })?;
+    receiver
+        .await
+        .unwrap_or_else(|_| Err(io::Error::other("the helper thread died")))
+}
+
+/// A listening socket. A unix socket's file goes away with it.
+#[derive(Debug)]
+pub struct Listener {
+    fd: Arc<OwnedFd>,
+    socket_file: Option<PathBuf>,
+    local: String,
+}
+
+/// Why a listener could not be had.
+#[derive(Debug, thiserror::Error)]
+pub enum BindError {
+    /// The path does not fit into a sockaddr_un.
+    #[error("socket path {0} is too long: {1} bytes, the system allows 107; choose a shorter one")]
+    PathTooLong(PathBuf, usize),
+    /// Somebody answers there already.
+    #[error(
+        "socket {0} is taken: another process is listening there; choose another path or stop it"
+    )]
+    Taken(PathBuf),
+    /// There is a file that is not a socket.
+    #[error("{0} exists and is not a socket; choose another path or remove it")]
+    NotASocket(PathBuf),
+    /// The system refused.
+    #[error("cannot listen on {0}: {1}")]
+    Refused(String, #[source] io::Error),
+}
+
+impl Listener {
+    /// Listens on a TCP address; port 0 takes a free one (see [`Listener::local`]).
+    pub fn tcp(host: &str, port: u16) -> Result<Self, BindError> {
+        let refused = |e| BindError::Refused(format!("{host}:{port}"), e);
+        let listener = TcpListener::bind((host, port)).map_err(refused)?;
+        let local = listener.local_addr().map_err(refused)?.to_string();
+        Ok(Self {
+            fd: Arc::new(listener.into()),
+            socket_file: None,
+            local,
+        })
+    }
+
+    /// Listens on a unix socket that only its owner may open. A socket that a dead process left is replaced.
+    pub fn unix(path: &Path) -> Result<Self, BindError> {
+        let len = path.as_os_str().len();
+        if len > 107 {
+            return Err(BindError::PathTooLong(path.into(), len));
+        }
+        match fs::symlink_metadata(path) {
+            Ok(meta) if !meta.file_type().is_socket() => {
+                return Err(BindError::NotASocket(path.into()));
+            }
+            Ok(_) if UnixStream::connect(path).is_ok() => {
+                return Err(BindError::Taken(path.into()));
+            }
+            Ok(_) => fs::remove_file(path)
+                .map_err(|e| BindError::Refused(path.display().to_string(), e))?,
+            Err(_) => {}
+        }
+        let refused = |e| BindError::Refused(path.display().to_string(), e);
+        let listener = UnixListener::bind(path).map_err(refused)?;
+        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(refused)?;
+        let local = path.display().to_string();
+        Ok(Self {
+            fd: Arc::new(listener.into()),
+            socket_file: Some(path.into()),
+            local,
+        })
+    }
+
+    /// Where it listens: `HOST:PORT` as bound, or the path of the socket.
+    pub fn local(&self) -> &str {
+        &self.local
+    }
+
+    /// Waits for the next connection.
+    pub async fn accept(&self) -> io::Result<Connection> {
+        loop {
+            let fd = types::Fd(self.fd.as_raw_fd());
+            // SAFETY: the socket is owned by the resource; no address is asked for.
+            let op = unsafe {
+                submit(self.fd.clone(), |_| {
+                    opcode::Accept::new(fd, ptr::null_mut(), ptr::null_mut())
+                        .flags(libc::SOCK_CLOEXEC)
+                        .build()
+                })
+            };
+            match op.await.0 {
+                Ok(fd) => {
+                    // SAFETY: accept gave this descriptor to us and to nobody else.
+                    let fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd as i32) };
+                    return Ok(Connection::new(fd));
+                }
+                Err(e)
+                    if matches!(
+                        e.raw_os_error(),
+                        Some(libc::EINTR | libc::ECONNABORTED | libc::EAGAIN)
+                    ) => {}
+                Err(e) => return Err(e),
+            }
+        }
+    }
+}
+
+impl AsFd for Listener {
+    fn as_fd(&self) -> std::os::fd::BorrowedFd<'_> {
+        self.fd.as_fd()
+    }
+}
+
+impl Drop for Listener {
+    fn drop(&mut self) {
+        if let Some(path) = &self.socket_file {
+            // Already gone is as good.
+            let _ = fs::remove_file(path);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::{Reactor, spawn};
+    use super::*;
+
+    #[test]
+    fn parts_arrive_in_order_over_a_unix_socket() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("s");
+        let listener = Listener::unix(&path).unwrap();
+        assert!(matches!(Listener::unix(&path), Err(BindError::Taken(_))));
+        let reactor = Reactor::new().unwrap();
+        let target = path.clone();
+        reactor
+            .block_on(async move {
+                let big: Arc<Vec<u8>> =
+                    Arc::new((0..3_000_000u32).map(|n| (n % 251) as u8).collect());
+                let sent = big.clone();
+                let client = spawn(async move {
+                    let connection = Connection::connect_unix(target).await.unwrap();
+                    let shared = Part::Shared {
+                        bytes: sent.clone(),
+                        range: 10..2_999_999,
+                    };
+                    let parts = vec![
+                        Part::Owned(b"head".to_vec()),
+                        Part::Zeros(200_000),
+                        Part::Owned(vec![]),
+                        shared,
+                    ];
+                    connection.send(parts).await.unwrap();
+                });
+                let _probe_of_the_second_bind = listener.accept().await.unwrap();
+                let connection = listener.accept().await.unwrap();
+                let len = 4 + 200_000 + 2_999_989;
+                let (result, got) = connection.recv_exact(vec![1; len], 0..len).await;
+                result.unwrap();
+                assert_eq!(&got[..4], b"head");
+                assert!(got[4..200_004].iter().all(|&b| b == 0));
+                assert_eq!(&got[200_004..], &big[10..2_999_999]);
+                client.await;
+                let (end, _) = connection.recv(vec![0; 1], 0..1).await;
+                assert_eq!(end.unwrap(), 0);
+            })
+            .unwrap();
+        assert!(!path.exists());
+    }
+}
