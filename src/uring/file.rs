@@ -7,7 +7,9 @@ use std::os::fd::{AsRawFd, OwnedFd};
 use std::sync::Arc;
 
 use io_uring::{opcode, types};
+use nix::errno::Errno;
 use nix::libc;
+use nix::unistd::{Whence, lseek};
 
 use super::net::Part;
 use super::reactor::submit;
@@ -35,6 +37,15 @@ impl ZeroMode {
             Self::KeepAllocated => libc::FALLOC_FL_ZERO_RANGE | libc::FALLOC_FL_KEEP_SIZE,
         }
     }
+}
+
+/// A stretch of a file: data or hole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct FileExtent {
+    /// Length in bytes.
+    pub len_bytes: u64,
+    /// A hole: reads as zeros and takes no space.
+    pub hole: bool,
 }
 
 /// A file for positioned I/O through the ring of whichever thread calls.
@@ -65,6 +76,31 @@ impl FileIo {
     /// The descriptor, for the calls that do not go through a ring (fdatasync, lseek, locks).
     pub fn fd(&self) -> &OwnedFd {
         &self.fd
+    }
+
+    /// Where data and holes are in a range, in order, at most `max` stretches. A file system or device that
+    /// cannot tell says that all is data.
+    pub fn extents(&self, range: Range<u64>, max: usize) -> Vec<FileExtent> {
+        let mut extents = Vec::new();
+        let mut at = range.start;
+        while at < range.end && extents.len() < max {
+            let data = match lseek(&self.fd, at as i64, Whence::SeekData) {
+                Ok(start) => (start as u64).clamp(at, range.end),
+                // No data from here to the end of the file.
+                Err(Errno::ENXIO) => range.end,
+                Err(_) => at,
+            };
+            if data > at {
+                extents.push(FileExtent { len_bytes: data - at, hole: true });
+                at = data;
+                continue;
+            }
+            let hole = lseek(&self.fd, at as i64, Whence::SeekHole).map_or(range.end, |end| end as u64);
+            let end = hole.clamp(at + 1, range.end);
+            extents.push(FileExtent { len_bytes: end - at, hole: false });
+            at = end;
+        }
+        extents
     }
 
     /// Reads exactly `at.len()` bytes from `offset_bytes` into `buf[at]`; the buffer comes back either way.

@@ -15,14 +15,18 @@
 //! shared mapping of the live maps.
 #![allow(unsafe_code)]
 
+mod budget;
 mod file;
 mod net;
 mod probe;
 mod reactor;
 mod shared;
+mod stream;
 
-pub use file::{FileIo, PAGE_BYTES, ZeroMode};
+pub use budget::{Budget, Lent};
+pub use file::{FileExtent, FileIo, PAGE_BYTES, ZeroMode};
 pub use net::{BindError, Connection, Listener, Part};
 pub use probe::{UringError, require_io_uring};
 pub use reactor::{Mailbox, Reactor, Task, every, sleep, spawn};
 pub use shared::SharedWords;
+pub use stream::BufferedReader;

@@ -23,6 +23,11 @@ static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// Parts handed to one sendmsg(2); the kernel's own limit (IOV_MAX) is 1024.
 const MAX_PARTS_PER_SEND: usize = 256;
 
+/// An idle peer is asked for a sign of life after this long, in seconds.
+const KEEPALIVE_S: u32 = 5;
+/// A peer that acknowledges nothing for this long, in milliseconds, is dead; the kernel's own limit is a quarter of an hour.
+const DEAD_PEER_MS: u32 = 15_000;
+
 /// A piece of memory on its way to a socket or a file. It owns what it points at.
 #[derive(Clone, Debug)]
 pub enum Part {
@@ -94,8 +99,12 @@ struct SendOp {
 
 impl Connection {
     fn new(fd: OwnedFd) -> Self {
-        // Fails on a unix socket, where there is nothing to delay.
+        // These fail on a unix socket, which has nothing to delay and whose peer cannot vanish.
         let _ = setsockopt(&fd, sockopt::TcpNoDelay, &true);
+        let _ = setsockopt(&fd, sockopt::KeepAlive, &true);
+        let _ = setsockopt(&fd, sockopt::TcpKeepIdle, &KEEPALIVE_S);
+        let _ = setsockopt(&fd, sockopt::TcpKeepInterval, &KEEPALIVE_S);
+        let _ = setsockopt(&fd, sockopt::TcpUserTimeout, &DEAD_PEER_MS);
         Self { fd: Arc::new(fd) }
     }
 

@@ -1,0 +1,151 @@
+//! The live map: both maps as the running daemon has them, in a file on tmpfs.
+//!
+//! A killed daemon is not a power cut. The guest goes on, and an acknowledged write that nobody flushed
+//! stands in the page cache; its bit must survive the process too, or the block would be fetched over it.
+//! So the daemon's maps *are* this mapping. It counts only within the boot that wrote it: after a power
+//! cut the page cache is gone, and only what was committed is true.
+
+use std::fs::{self, File, OpenOptions};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use uuid::Uuid;
+
+use crate::engine::{Geometry, Maps, Words};
+use crate::uring::SharedWords;
+
+/// Words of the header: one page, so that the maps start on a page of their own.
+const HEADER_WORDS: usize = 512;
+const MAGIC: u64 = u64::from_le_bytes(*b"BFLIVE01");
+/// Positions in the header.
+const AT_MAGIC: usize = 0;
+const AT_BOOT: usize = 1;
+const AT_UUID: usize = 3;
+const AT_SIZE: usize = 5;
+const AT_BLOCK: usize = 6;
+
+/// Why there is no live map.
+#[derive(Debug, thiserror::Error)]
+#[error("live map {path}: {source}; it must lie on a writable tmpfs (/run or /dev/shm)")]
+pub struct LiveError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// The mapping of a device's maps.
+pub struct LiveMap {
+    words: SharedWords,
+    path: PathBuf,
+    inherited: bool,
+}
+
+/// This boot's name, as the kernel gives it.
+pub(super) fn boot_id() -> io::Result<Uuid> {
+    let text = fs::read_to_string("/proc/sys/kernel/random/boot_id")?;
+    Uuid::parse_str(text.trim()).map_err(io::Error::other)
+}
+
+impl LiveMap {
+    /// Opens the live map that a killed daemon left in `dir`, if it is of this boot and this cache;
+    /// otherwise makes an empty one.
+    pub fn open(dir: &Path, uuid: Uuid, geometry: Geometry) -> Result<Self, LiveError> {
+        let path = dir.join(format!("{uuid}.live"));
+        Self::open_at(&path, uuid, geometry).map_err(|source| LiveError { path, source })
+    }
+
+    fn open_at(path: &Path, uuid: Uuid, geometry: Geometry) -> io::Result<Self> {
+        if let Some(dir) = path.parent() {
+            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
+        }
+        let len_words = HEADER_WORDS + Maps::words_needed(geometry);
+        let header = header(boot_id()?, uuid, geometry);
+        if let Ok(file) = OpenOptions::new().read(true).write(true).open(path)
+            && file.metadata()?.len() == len_words as u64 * 8
+        {
+            let words = SharedWords::map(&file, len_words)?;
+            if header.iter().enumerate().all(|(at, value)| words.words()[at].load(Ordering::SeqCst) == *value) {
+                return Ok(Self { words, path: path.into(), inherited: true });
+            }
+        }
+        let words = SharedWords::map(&create(path, len_words)?, len_words)?;
+        // The magic last: a file without it is nobody's.
+        for (at, value) in header.iter().enumerate().rev() {
+            words.words()[at].store(*value, Ordering::SeqCst);
+        }
+        Ok(Self { words, path: path.into(), inherited: false })
+    }
+
+    /// Did a daemon of this boot leave bits here?
+    pub fn is_inherited(&self) -> bool {
+        self.inherited
+    }
+
+    /// Where the file is.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Removes the file: everything is committed, or nothing in it can be trusted any more.
+    pub fn discard(path: &Path) -> io::Result<()> {
+        match fs::remove_file(path) {
+            Err(e) if e.kind() != io::ErrorKind::NotFound => Err(e),
+            _ => Ok(()),
+        }
+    }
+}
+
+impl Words for LiveMap {
+    fn words(&self) -> &[AtomicU64] {
+        &self.words.words()[HEADER_WORDS..]
+    }
+}
+
+fn create(path: &Path, len_words: usize) -> io::Result<File> {
+    LiveMap::discard(path)?;
+    let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
+    file.set_len(len_words as u64 * 8)?;
+    Ok(file)
+}
+
+fn header(boot: Uuid, uuid: Uuid, geometry: Geometry) -> [u64; 7] {
+    let mut header = [0; 7];
+    header[AT_MAGIC] = MAGIC;
+    (header[AT_BOOT], header[AT_BOOT + 1]) = boot.as_u64_pair();
+    (header[AT_UUID], header[AT_UUID + 1]) = uuid.as_u64_pair();
+    header[AT_SIZE] = geometry.size_bytes();
+    header[AT_BLOCK] = geometry.block_bytes();
+    header
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bits_outlive_the_mapping_but_not_the_boot_the_disk_or_a_discard() {
+        let dir = tempfile::tempdir().unwrap();
+        let geometry = Geometry::new(1 << 30, 4096).unwrap();
+        let open = |uuid: u128, geometry| LiveMap::open(dir.path(), Uuid::from_u128(uuid), geometry).unwrap();
+        let first = open(1, geometry);
+        assert!(!first.is_inherited());
+        Words::words(&first)[7].store(42, Ordering::SeqCst);
+        let path = first.path().to_owned();
+        drop(first);
+        let second = open(1, geometry);
+        assert!(second.is_inherited());
+        assert_eq!(Words::words(&second)[7].load(Ordering::SeqCst), 42);
+        // Another boot wrote it: worth nothing.
+        second.words.words()[AT_BOOT].fetch_xor(1, Ordering::SeqCst);
+        drop(second);
+        let third = open(1, geometry);
+        assert!(!third.is_inherited());
+        assert_eq!(Words::words(&third)[7].load(Ordering::SeqCst), 0);
+        drop(third);
+        assert!(!open(2, geometry).is_inherited());
+        assert!(!open(1, Geometry::new(1 << 30, 8192).unwrap()).is_inherited());
+        LiveMap::discard(&path).unwrap();
+        assert!(!open(1, geometry).is_inherited());
+    }
+}

@@ -1,0 +1,26 @@
+//! The local layer: the cache's data, the metadata beside it, and the order in which both become durable.
+//!
+//! ```text
+//!   data      the disk itself, raw; whoever removes blkferry keeps a plain image
+//!   metadata  superblock and map pages, two copies each             docs/FORMAT.md
+//!   live map  the maps as the running daemon has them, on tmpfs: survives the daemon, not the host
+//! ```
+//!
+//! Invariants: a durable present bit implies durable data (I1; see [`commit`]); a page is never written
+//! over its newest copy; damage is told from a torn write, and is refused, not repaired by guessing.
+
+mod commit;
+mod data;
+mod live;
+mod metadata;
+mod open;
+mod page;
+mod superblock;
+
+pub use commit::{CommitReport, Committer, Durable};
+pub use data::{CacheError, DataFile};
+pub use live::{LiveError, LiveMap};
+pub use metadata::{MetadataError, MetadataFile, Recovered};
+pub use open::{Cache, CacheOptions, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Store, default_metadata_path, peek};
+pub use page::{CopyState, PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
+pub use superblock::{CacheState, FORMAT_VERSION, Superblock};

@@ -1,0 +1,292 @@
+//! Opening a cache: make a new one, or go on with the one that is there.
+
+use std::fs;
+use std::io;
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use super::commit::{CommitReport, Committer, Durable};
+use super::data::{CacheError, DataFile};
+use super::live::{LiveError, LiveMap, boot_id};
+use super::metadata::{MetadataError, MetadataFile, Recovered, fits};
+use super::superblock::{CacheState, Superblock};
+use crate::engine::{Geometry, GeometryError, Maps, Words, load_page};
+
+/// Block size of a new cache, where the user names none.
+pub const DEFAULT_BLOCK_BYTES: u64 = 4096;
+
+/// What the source is, as far as the cache must know it.
+#[derive(Clone, Debug)]
+pub struct SourceFacts {
+    /// Its NBD URI.
+    pub uri: String,
+    /// Its size in bytes.
+    pub size_bytes: u64,
+    /// What its contents are known by.
+    pub identity: String,
+}
+
+/// Where a cache lies and how it is opened.
+#[derive(Clone, Debug)]
+pub struct CacheOptions {
+    /// The file or device with the data.
+    pub data: PathBuf,
+    /// The metadata file.
+    pub metadata: PathBuf,
+    /// Directory on tmpfs for the live map.
+    pub live_dir: PathBuf,
+    /// Block size in bytes: of a new cache, or what an existing one must have.
+    pub block_bytes: Option<u64>,
+    /// Go on although the live map of a killed daemon is gone.
+    pub forget_unflushed: bool,
+}
+
+/// Why a cache could not be opened. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// The data file or device.
+    #[error(transparent)]
+    Data(#[from] CacheError),
+    /// The metadata file.
+    #[error(transparent)]
+    Metadata(#[from] MetadataError),
+    /// The live map.
+    #[error(transparent)]
+    Live(#[from] LiveError),
+    /// Size or block size.
+    #[error("{0}")]
+    Geometry(#[from] GeometryError),
+    /// The source is not the size that it was.
+    #[error(
+        "the source {verb} since this cache was made: {now} bytes now, {then} then; it is not the disk that this \
+         cache belongs to. Attach the right source, or use a new cache"
+    )]
+    SizeChanged {
+        /// "shrank" or "grew".
+        verb: &'static str,
+        /// Its size now, in bytes.
+        now: u64,
+        /// Its size when the cache was made.
+        then: u64,
+    },
+    /// The source has other contents.
+    #[error(
+        "the source is not the one that this cache belongs to, or it was changed since (its identity is {now}, \
+         the cache was made from {then}); a cache cannot be continued from changed contents. Attach the right \
+         source ({uri} when last attached), or use a new cache"
+    )]
+    IdentityChanged {
+        /// Identity now.
+        now: String,
+        /// Identity when the cache was made.
+        then: String,
+        /// Where the source was when it was last attached.
+        uri: String,
+    },
+    /// Asked for another block size.
+    #[error("this cache has blocks of {found} bytes, not {asked}; leave --block-size out")]
+    BlockSize {
+        /// The cache's.
+        found: u64,
+        /// What was asked for.
+        asked: u64,
+    },
+    /// Acknowledged writes would be fetched over.
+    #[error(
+        "a daemon was killed while it had cache {0} open, and its live map {1} is gone: which unflushed writes the \
+         cache holds cannot be told. If the machine that used the disk has been stopped since, or its unflushed \
+         writes may be lost, attach with --forget-unflushed"
+    )]
+    LiveMapGone(PathBuf, PathBuf),
+    /// Names too long for the superblock.
+    #[error("the source's URI is too long to be kept in the metadata ({0} bytes)")]
+    NamesTooLong(usize),
+}
+
+/// An open cache.
+pub struct Cache {
+    /// The data.
+    pub data: DataFile,
+    /// Present and dirty map.
+    pub maps: Maps,
+    /// The durable side.
+    pub store: Store,
+    /// Was it there already?
+    pub resumed: bool,
+    /// What was odd but harmless, in words for the log.
+    pub notes: Vec<String>,
+}
+
+/// Metadata file and committer: what the commit thread owns.
+pub struct Store {
+    data: DataFile,
+    metadata: MetadataFile,
+    committer: Committer,
+    live_path: PathBuf,
+}
+
+struct RealDisk<'a> {
+    data: &'a DataFile,
+    metadata: &'a MetadataFile,
+}
+
+impl Durable for RealDisk<'_> {
+    fn sync_data(&mut self) -> io::Result<()> {
+        self.data.sync_data()
+    }
+
+    fn write_map(&mut self, page: u64, copy: u64, bytes: &[u8]) -> io::Result<()> {
+        self.metadata.write_map(page, copy, bytes)
+    }
+
+    fn sync_metadata(&mut self) -> io::Result<()> {
+        self.metadata.sync()
+    }
+}
+
+impl Store {
+    /// One commit; see [`Committer::commit`]. Blocks.
+    pub fn commit(&mut self, maps: &Maps) -> io::Result<CommitReport> {
+        self.committer.commit(maps, &mut RealDisk { data: &self.data, metadata: &self.metadata })
+    }
+
+    /// Records that all blocks are present, after they are all committed.
+    pub fn record_complete(&mut self) -> io::Result<()> {
+        self.committer.update(&self.metadata, |s| s.state = CacheState::Complete)
+    }
+
+    /// Records that the daemon leaves it in order, after the last commit, and removes the live map.
+    pub fn record_clean(&mut self) -> io::Result<()> {
+        self.committer.update(&self.metadata, |s| s.clean = true)?;
+        LiveMap::discard(&self.live_path)
+    }
+
+    /// After a failed commit: what is not committed may not stand on the disk, whatever the live map says.
+    pub fn distrust_live_map(&self) -> io::Result<()> {
+        LiveMap::discard(&self.live_path)
+    }
+
+    /// The superblock.
+    pub fn superblock(&self) -> &Superblock {
+        self.committer.superblock()
+    }
+}
+
+/// The superblock of the cache at `metadata`, if there is one: what a resume can know before it has reached the source.
+pub fn peek(metadata: &Path) -> Result<Option<Superblock>, MetadataError> {
+    if !metadata.exists() {
+        return Ok(None);
+    }
+    Ok(Some(MetadataFile::open(metadata)?.1.superblock))
+}
+
+impl Cache {
+    /// Makes or resumes the cache for this source. On an error nothing was changed.
+    pub fn open(options: &CacheOptions, source: &SourceFacts) -> Result<Self, OpenError> {
+        let fresh = !options.metadata.exists();
+        let block_bytes = options.block_bytes.unwrap_or(DEFAULT_BLOCK_BYTES);
+        if fresh {
+            Geometry::new(source.size_bytes, block_bytes)?;
+        }
+        if !fresh {
+            // Before the data file is looked at: a source of another size gets the right error.
+            check_same(&MetadataFile::open(&options.metadata)?.1.superblock, source, options.block_bytes)?;
+        }
+        let data = DataFile::open(&options.data, &options.metadata, source.size_bytes, fresh)?;
+        let (metadata, recovered) = if fresh {
+            let superblock = new_superblock(source, block_bytes)?;
+            MetadataFile::create(&options.metadata, &superblock)?
+        } else {
+            // Read again, now under the lock.
+            MetadataFile::open(&options.metadata)?
+        };
+        Self::with_maps(options, source, data, metadata, recovered, fresh)
+    }
+
+    fn with_maps(
+        options: &CacheOptions,
+        source: &SourceFacts,
+        data: DataFile,
+        metadata: MetadataFile,
+        recovered: Recovered,
+        fresh: bool,
+    ) -> Result<Self, OpenError> {
+        let superblock = &recovered.superblock;
+        let geometry = Geometry::new(superblock.size_bytes, superblock.block_bytes)?;
+        let boot = boot_id().map_or_else(|_| String::new(), |id| id.to_string());
+        let killed_in_this_boot = !superblock.clean && superblock.boot_id == boot;
+        let live = LiveMap::open(&options.live_dir, superblock.uuid, geometry)?;
+        if killed_in_this_boot && !live.is_inherited() && !options.forget_unflushed {
+            let path = live.path().to_owned();
+            LiveMap::discard(&path).ok();
+            return Err(OpenError::LiveMapGone(options.data.clone(), path));
+        }
+        recovered.pages.iter().for_each(|page| load_page(live.words(), page));
+        let lost_power = !superblock.clean && !live.is_inherited();
+        let live_path = live.path().to_owned();
+        let maps = Maps::new(geometry, Box::new(live));
+        let mut committer = Committer::new(&recovered);
+        let opened = committer.update(&metadata, |s| {
+            s.clean = false;
+            s.boot_id = boot;
+            s.source.clone_from(&source.uri);
+            s.dirty_exact &= !lost_power;
+        });
+        let io = |source| MetadataError::Io { path: options.metadata.clone(), action: "write the superblock", source };
+        opened.map_err(io)?;
+        let store = Store { data: data.clone(), metadata, committer, live_path };
+        Ok(Self { data, maps, store, resumed: !fresh, notes: recovered.notes })
+    }
+}
+
+fn new_superblock(source: &SourceFacts, block_bytes: u64) -> Result<Superblock, OpenError> {
+    let superblock = Superblock {
+        uuid: Uuid::new_v4(),
+        epoch: 1,
+        size_bytes: source.size_bytes,
+        block_bytes,
+        source: source.uri.clone(),
+        source_identity: source.identity.clone(),
+        state: CacheState::Active,
+        dirty_exact: true,
+        clean: true,
+        boot_id: String::new(),
+    };
+    if !fits(&superblock) {
+        return Err(OpenError::NamesTooLong(source.uri.len()));
+    }
+    Ok(superblock)
+}
+
+fn check_same(superblock: &Superblock, source: &SourceFacts, block_bytes: Option<u64>) -> Result<(), OpenError> {
+    let (now, then) = (source.size_bytes, superblock.size_bytes);
+    if now != then {
+        let verb = if now < then { "shrank" } else { "grew" };
+        return Err(OpenError::SizeChanged { verb, now, then });
+    }
+    if source.identity != superblock.source_identity {
+        let (now, then) = (source.identity.clone(), superblock.source_identity.clone());
+        return Err(OpenError::IdentityChanged { now, then, uri: superblock.source.clone() });
+    }
+    match block_bytes {
+        Some(asked) if asked != superblock.block_bytes => {
+            Err(OpenError::BlockSize { found: superblock.block_bytes, asked })
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Where the metadata of a cache lies if the user does not say: beside a file, under /var/lib for a device.
+pub fn default_metadata_path(data: &Path) -> PathBuf {
+    let is_device = fs::metadata(data).is_ok_and(|m| std::os::unix::fs::FileTypeExt::is_block_device(&m.file_type()));
+    let mut name = if is_device {
+        let plain = fs::canonicalize(data).unwrap_or_else(|_| data.into());
+        let flat = plain.display().to_string().trim_start_matches('/').replace('/', "-");
+        PathBuf::from("/var/lib/blkferry").join(flat).into_os_string()
+    } else {
+        data.as_os_str().to_owned()
+    };
+    name.push(".ferry");
+    name.into()
+}

@@ -1,0 +1,43 @@
+//! What a cache is: whose blocks, how many, and how far it has come.
+
+use serde::{Deserialize, Serialize};
+use uuid::Uuid;
+
+/// Version of the metadata format that this program writes, and the newest that it reads.
+pub const FORMAT_VERSION: u32 = 1;
+
+/// How far a cache has come. It only moves forward.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CacheState {
+    /// Blocks are absent, or not committed.
+    Active,
+    /// All blocks are present and committed: the cache is a plain raw image.
+    Complete,
+}
+
+/// The body of the superblock, kept as JSON inside a sealed page.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Superblock {
+    /// The cache's own name, made when it was created.
+    pub uuid: Uuid,
+    /// Handoff epoch; 1 for a cold attach.
+    pub epoch: u64,
+    /// Size of the device in bytes.
+    pub size_bytes: u64,
+    /// Size of a block in bytes.
+    pub block_bytes: u64,
+    /// The source, as an NBD URI.
+    pub source: String,
+    /// What the source's contents are known by.
+    pub source_identity: String,
+    /// How far it has come.
+    pub state: CacheState,
+    /// False once the host went down with writes in the air: a block may then have been written
+    /// without its dirty bit. The way back must then compare rather than trust the dirty map.
+    pub dirty_exact: bool,
+    /// Was the cache left in order? False while a daemon runs.
+    pub clean: bool,
+    /// Boot id of the host on which a daemon last opened it.
+    pub boot_id: String,
+}

@@ -1,0 +1,338 @@
+//! One connection to the source, with many requests under way on it.
+
+use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::io;
+use std::rc::Rc;
+use std::time::Instant;
+
+use event_listener::Event;
+use futures_channel::oneshot;
+
+use super::dial::Dialed;
+use super::read::{BadCover, FetchedData, ReadAssembly};
+use super::source::SourceStats;
+use crate::engine::{ByteRange, Errno, Extent};
+use crate::nbd::chunk::{BlockStatus, ErrorChunk, FerryHashes, Hole, decode_data_offset};
+use crate::nbd::{
+    ChunkKind, ClientSession, Command, CommandFlags, NbdError, ProtocolError, ReplyHeader, Request, StateFlags,
+};
+use crate::uring::{BufferedReader, Connection, Mailbox, Part, spawn};
+
+/// Longest chunk payload that is read into the receive buffer rather than past it.
+const MAX_SMALL_PAYLOAD: usize = 8 << 10;
+
+/// Why a request on a link came to nothing.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum LinkError {
+    /// The connection is gone; ask again on another.
+    Lost,
+    /// The source answered, and said no.
+    Refused(Errno),
+}
+
+#[derive(Debug, thiserror::Error)]
+pub(super) enum LinkFailure {
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("the source closed the connection")]
+    Closed,
+    #[error("{0}")]
+    Protocol(#[from] ProtocolError),
+    #[error("{0}")]
+    Cover(#[from] BadCover),
+    #[error("the source answered a request that was not made (cookie {0})")]
+    UnknownCookie(u64),
+    #[error("the source answered with a {0:?} chunk, which this request does not have")]
+    UnexpectedChunk(ChunkKind),
+}
+
+type Answer<T> = oneshot::Sender<Result<T, LinkError>>;
+
+enum Waiting {
+    Read { read: ReadAssembly, answer: Answer<FetchedData> },
+    Extents { extents: Vec<Extent>, answer: Answer<Vec<Extent>> },
+    Hashes { hashes: Vec<[u8; 32]>, answer: Answer<Vec<[u8; 32]>> },
+}
+
+struct Pending {
+    waiting: Waiting,
+    error: Option<NbdError>,
+}
+
+/// A link. Clones are the same link.
+#[derive(Clone)]
+pub(super) struct Link {
+    inner: Rc<Inner>,
+}
+
+struct Inner {
+    connection: Connection,
+    session: ClientSession,
+    requests: Mailbox<Vec<u8>>,
+    pending: RefCell<HashMap<u64, Pending>>,
+    next_cookie: Cell<u64>,
+    alive: Cell<bool>,
+    died: Event,
+    last_heard: Cell<Instant>,
+    stats: SourceStats,
+}
+
+impl Link {
+    /// Starts the tasks of a dialed connection.
+    pub(super) fn start(dialed: Dialed, stats: SourceStats) -> Self {
+        let inner = Rc::new(Inner {
+            connection: dialed.connection,
+            session: dialed.session,
+            requests: Mailbox::default(),
+            pending: RefCell::default(),
+            next_cookie: Cell::new(1),
+            alive: Cell::new(true),
+            died: Event::new(),
+            last_heard: Cell::new(Instant::now()),
+            stats,
+        });
+        let link = Self { inner };
+        spawn(send_requests(link.clone())).detach();
+        let receiving = link.clone();
+        spawn(async move {
+            let failure = receiving.receive(dialed.reader).await;
+            receiving.die(&failure);
+        })
+        .detach();
+        link
+    }
+
+    pub(super) fn session(&self) -> &ClientSession {
+        &self.inner.session
+    }
+
+    pub(super) fn is_alive(&self) -> bool {
+        self.inner.alive.get()
+    }
+
+    /// Requests under way.
+    pub(super) fn load(&self) -> usize {
+        self.inner.pending.borrow().len()
+    }
+
+    /// When the source was heard last, if requests wait for it.
+    pub(super) fn silent_since(&self) -> Option<Instant> {
+        (self.load() > 0).then(|| self.inner.last_heard.get())
+    }
+
+    /// Waits for the end of the link.
+    pub(super) async fn dead(&self) {
+        while self.is_alive() {
+            let died = self.inner.died.listen();
+            if self.is_alive() {
+                died.await;
+            }
+        }
+    }
+
+    /// Gives the link up; its requests end with [`LinkError::Lost`].
+    pub(super) fn close(&self) {
+        self.inner.connection.shutdown();
+    }
+
+    fn die(&self, failure: &LinkFailure) {
+        log::debug!("link lost: {failure}");
+        self.inner.alive.set(false);
+        self.inner.connection.shutdown();
+        // Dropping the answers' senders tells whoever waits.
+        self.inner.pending.borrow_mut().clear();
+        self.inner.died.notify(usize::MAX);
+        self.inner.requests.send(Vec::new());
+    }
+
+    /// Reads a range.
+    pub(super) async fn read(&self, range: ByteRange) -> Result<FetchedData, LinkError> {
+        let make = |answer| Waiting::Read { read: ReadAssembly::new(range), answer };
+        self.ask(Command::Read, range, make).await
+    }
+
+    /// Asks for holes and zeros. Empty: the source cannot say.
+    pub(super) async fn extents(&self, range: ByteRange) -> Result<Vec<Extent>, LinkError> {
+        if self.session().base_allocation.is_none() {
+            return Ok(Vec::new());
+        }
+        self.ask(Command::BlockStatus, range, |answer| Waiting::Extents { extents: Vec::new(), answer }).await
+    }
+
+    /// Asks for the hashes of a range; only of a blkferry source.
+    pub(super) async fn hashes(&self, range: ByteRange) -> Result<Vec<[u8; 32]>, LinkError> {
+        self.ask(Command::FerryHash, range, |answer| Waiting::Hashes { hashes: Vec::new(), answer }).await
+    }
+
+    async fn ask<T>(
+        &self,
+        command: Command,
+        range: ByteRange,
+        waiting: impl FnOnce(Answer<T>) -> Waiting,
+    ) -> Result<T, LinkError> {
+        if !self.is_alive() {
+            return Err(LinkError::Lost);
+        }
+        let (answer, answered) = oneshot::channel();
+        let cookie = self.inner.next_cookie.get();
+        self.inner.next_cookie.set(cookie + 1);
+        if self.inner.pending.borrow().is_empty() {
+            self.inner.last_heard.set(Instant::now());
+        }
+        self.inner.pending.borrow_mut().insert(cookie, Pending { waiting: waiting(answer), error: None });
+        let len = u32::try_from(range.len()).expect("callers ask for less than 4 GiB at once");
+        let request = Request { flags: CommandFlags::empty(), command, cookie, offset: range.start, len };
+        self.inner.requests.send(request.encode().to_vec());
+        answered.await.unwrap_or(Err(LinkError::Lost))
+    }
+
+    async fn receive(&self, mut reader: BufferedReader) -> LinkFailure {
+        loop {
+            let result = self.receive_reply(&mut reader).await;
+            self.inner.stats.add_received(reader.take_received_bytes());
+            self.inner.last_heard.set(Instant::now());
+            if let Err(failure) = result {
+                return failure;
+            }
+        }
+    }
+
+    async fn receive_reply(&self, reader: &mut BufferedReader) -> Result<(), LinkFailure> {
+        let Some(common) = reader.read(ReplyHeader::COMMON_LEN).await? else { return Err(LinkFailure::Closed) };
+        let common: [u8; ReplyHeader::COMMON_LEN] = common.try_into().expect("read what was asked for");
+        let mut extra = [0; 4];
+        if ReplyHeader::needs_more(&common) > 0 {
+            extra = small(reader, 4).await?.try_into().expect("read what was asked for");
+        }
+        let header = ReplyHeader::decode(&common, extra)?;
+        let cookie = header.cookie();
+        let taken = self.inner.pending.borrow_mut().remove(&cookie);
+        let mut pending = taken.ok_or(LinkFailure::UnknownCookie(cookie))?;
+        match header {
+            ReplyHeader::Simple { error, .. } => {
+                pending.error = error;
+                if error.is_none() {
+                    self.simple_data(reader, &mut pending).await?;
+                }
+            }
+            ReplyHeader::Chunk { kind, len, .. } => {
+                header.check(self.inner.session.max_payload_bytes())?;
+                self.chunk(reader, &mut pending, kind, len as usize).await?;
+            }
+        }
+        if header.is_last() {
+            finish(pending)?;
+        } else {
+            self.inner.pending.borrow_mut().insert(cookie, pending);
+        }
+        Ok(())
+    }
+
+    async fn simple_data(&self, reader: &mut BufferedReader, pending: &mut Pending) -> Result<(), LinkFailure> {
+        match &mut pending.waiting {
+            Waiting::Read { read, .. } => {
+                let range = read.range();
+                receive_data(reader, read, range.start, range.len(), &self.inner.stats).await
+            }
+            // Without structured replies there is nothing to say beyond "done".
+            Waiting::Extents { .. } | Waiting::Hashes { .. } => Ok(()),
+        }
+    }
+
+    async fn chunk(
+        &self,
+        reader: &mut BufferedReader,
+        pending: &mut Pending,
+        kind: ChunkKind,
+        len: usize,
+    ) -> Result<(), LinkFailure> {
+        match (kind, &mut pending.waiting) {
+            (ChunkKind::None, _) => {}
+            (ChunkKind::OffsetData, Waiting::Read { read, .. }) => {
+                let offset = decode_data_offset(small(reader, 8).await?.try_into().expect("read what was asked for"));
+                receive_data(reader, read, offset, len as u64 - 8, &self.inner.stats).await?;
+            }
+            (ChunkKind::OffsetHole, Waiting::Read { read, .. }) => {
+                let hole = Hole::decode(small(reader, len).await?)?;
+                read.place(hole.offset, u64::from(hole.len), true)?;
+            }
+            (ChunkKind::BlockStatus, Waiting::Extents { extents, .. }) => {
+                let status = BlockStatus::decode(&payload(reader, len).await?)?;
+                if Some(status.context_id) == self.inner.session.base_allocation {
+                    let zero = |flags: StateFlags| flags.contains(StateFlags::ZERO);
+                    let told = status.extents.iter();
+                    extents.extend(told.map(|e| Extent { len_bytes: u64::from(e.len), zero: zero(e.flags) }));
+                }
+            }
+            (ChunkKind::FerryHashes, Waiting::Hashes { hashes, .. }) => {
+                hashes.extend(FerryHashes::decode(&payload(reader, len).await?)?.hashes);
+            }
+            (kind, _) if kind.is_error() => {
+                let error = ErrorChunk::decode(kind, &payload(reader, len).await?)?;
+                log::debug!("the source refused a request: {} ({})", error.error, error.message);
+                pending.error = Some(error.error);
+            }
+            (kind, _) => return Err(LinkFailure::UnexpectedChunk(kind)),
+        }
+        Ok(())
+    }
+}
+
+async fn small(reader: &mut BufferedReader, len: usize) -> Result<&[u8], LinkFailure> {
+    reader.read(len).await?.ok_or(LinkFailure::Closed)
+}
+
+async fn payload(reader: &mut BufferedReader, len: usize) -> Result<Vec<u8>, LinkFailure> {
+    if len <= MAX_SMALL_PAYLOAD {
+        return Ok(small(reader, len).await?.to_vec());
+    }
+    let (result, bytes) = reader.read_into(vec![0; len], 0, len).await;
+    result?;
+    Ok(bytes)
+}
+
+async fn receive_data(
+    reader: &mut BufferedReader,
+    read: &mut ReadAssembly,
+    offset: u64,
+    len: u64,
+    stats: &SourceStats,
+) -> Result<(), LinkFailure> {
+    let place = read.place(offset, len, false)?;
+    let (result, bytes) = reader.read_into(read.take_buffer(), place.start, place.len()).await;
+    read.give_buffer(bytes);
+    stats.add_data(len);
+    Ok(result?)
+}
+
+fn finish(pending: Pending) -> Result<(), LinkFailure> {
+    let refused = pending.error.map(|error| LinkError::Refused(Errno(error.to_errno())));
+    // A receiver that is gone no longer wants the answer.
+    match (pending.waiting, refused) {
+        (Waiting::Read { answer, .. }, Some(refused)) => drop(answer.send(Err(refused))),
+        (Waiting::Read { read, answer }, None) => drop(answer.send(Ok(read.finish()?))),
+        (Waiting::Extents { extents, answer }, refused) => drop(answer.send(refused.map_or(Ok(extents), Err))),
+        (Waiting::Hashes { hashes, answer }, refused) => drop(answer.send(refused.map_or(Ok(hashes), Err))),
+    }
+    Ok(())
+}
+
+async fn send_requests(link: Link) {
+    while link.is_alive() {
+        let mut batch = link.inner.requests.recv().await;
+        while let Some(more) = link.inner.requests.try_recv() {
+            batch.extend_from_slice(&more);
+        }
+        let len = batch.len();
+        if batch.is_empty() {
+            continue;
+        }
+        if link.inner.connection.send(vec![Part::Owned(batch)]).await.is_err() {
+            // The receiving side sees the end too, and buries the link.
+            link.inner.connection.shutdown();
+            return;
+        }
+        link.inner.stats.add_sent(len as u64);
+    }
+}

@@ -1,0 +1,32 @@
+//! The fetch layer: blocks from a source, over NBD.
+//!
+//! ```text
+//!   fetch(range, lane) ──► lane ──► link ──► NBD connection      one link a connection; requests
+//!                           │        │                            are pipelined on each
+//!            demand: 1 link ┘        └─ lost: reconnect with backoff, identity checked again,
+//!            bulk: 2 links                the requests that were on it are asked again
+//! ```
+//!
+//! Invariants: nothing is ever written to a source; a link serves only after the source behind it has
+//! shown that it is still the same disk; a demand fetch never stands behind hydration on a connection,
+//! unless the source takes only one.
+
+mod dial;
+mod link;
+mod read;
+mod source;
+
+pub use dial::DialError;
+pub use read::FetchedData;
+pub use source::{Lost, Source, SourceEvents, SourceStats};
+
+use std::time::Duration;
+
+/// Links for hydration, where the source takes several connections.
+const BULK_LINKS: usize = 2;
+/// How long connecting may take, and the handshake after it.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
+/// First and longest pause between two attempts to reconnect.
+const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
+/// A source that says nothing for so long while requests wait is taken for dead.
+const SILENCE: Duration = Duration::from_secs(30);

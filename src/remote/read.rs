@@ -1,0 +1,139 @@
+//! The data of one read, put together from the chunks of its reply.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use crate::engine::ByteRange;
+use crate::uring::Part;
+
+/// Blocks as they came from the source: bytes, and where zeros crossed as holes.
+#[derive(Clone, Debug)]
+pub struct FetchedData {
+    range: ByteRange,
+    /// Empty if all of it is a hole.
+    bytes: Arc<Vec<u8>>,
+    /// Holes, as ranges relative to the start, in order.
+    holes: Arc<Vec<Range<usize>>>,
+}
+
+impl FetchedData {
+    /// The pieces of a part of it; holes are [`Part::Zeros`].
+    pub fn pieces(&self, part: ByteRange) -> Vec<Part> {
+        debug_assert!(part.start >= self.range.start && part.end <= self.range.end);
+        let (start, end) = ((part.start - self.range.start) as usize, (part.end - self.range.start) as usize);
+        let mut pieces = Vec::new();
+        let mut at = start;
+        let data = |range: Range<usize>| Part::Shared { bytes: self.bytes.clone(), range };
+        for hole in self.holes.iter().filter(|h| h.end > start && h.start < end) {
+            let (from, to) = (hole.start.max(at), hole.end.min(end));
+            if from > at {
+                pieces.push(data(at..from));
+            }
+            pieces.push(Part::Zeros(to - from));
+            at = to;
+        }
+        if at < end {
+            pieces.push(data(at..end));
+        }
+        pieces
+    }
+}
+
+/// A reply that violates the protocol: pieces that overlap, lie outside, or do not cover the request.
+#[derive(Debug, thiserror::Error)]
+#[error("the source answered a read with pieces that do not make up what was asked for")]
+pub(super) struct BadCover;
+
+/// A read while its reply arrives.
+#[derive(Debug)]
+pub(super) struct ReadAssembly {
+    range: ByteRange,
+    bytes: Vec<u8>,
+    /// What has arrived, in order of arrival: range and "hole".
+    arrived: Vec<(Range<usize>, bool)>,
+}
+
+impl ReadAssembly {
+    pub(super) fn new(range: ByteRange) -> Self {
+        Self { range, bytes: Vec::new(), arrived: Vec::new() }
+    }
+
+    /// Announces a chunk at an absolute offset; gives its place in the buffer.
+    pub(super) fn place(&mut self, offset_bytes: u64, len_bytes: u64, hole: bool) -> Result<Range<usize>, BadCover> {
+        let end = offset_bytes.checked_add(len_bytes).ok_or(BadCover)?;
+        if offset_bytes < self.range.start || end > self.range.end {
+            return Err(BadCover);
+        }
+        let start = (offset_bytes - self.range.start) as usize;
+        let place = start..start + len_bytes as usize;
+        let after_last = self.arrived.last().is_none_or(|(last, _)| last.end <= place.start);
+        if !after_last && self.arrived.iter().any(|(old, _)| old.start < place.end && place.start < old.end) {
+            return Err(BadCover);
+        }
+        self.arrived.push((place.clone(), hole));
+        Ok(place)
+    }
+
+    /// The buffer to receive into, to be given back.
+    pub(super) fn take_buffer(&mut self) -> Vec<u8> {
+        let mut bytes = std::mem::take(&mut self.bytes);
+        if bytes.is_empty() {
+            bytes = vec![0; self.range.len() as usize];
+        }
+        bytes
+    }
+
+    pub(super) fn give_buffer(&mut self, bytes: Vec<u8>) {
+        self.bytes = bytes;
+    }
+
+    pub(super) fn range(&self) -> ByteRange {
+        self.range
+    }
+
+    /// All of it, if all of it has arrived.
+    pub(super) fn finish(mut self) -> Result<FetchedData, BadCover> {
+        self.arrived.sort_by_key(|(range, _)| range.start);
+        let covered: usize = self.arrived.iter().map(|(range, _)| range.len()).sum();
+        if covered as u64 != self.range.len() {
+            return Err(BadCover);
+        }
+        let holes = self.arrived.into_iter().filter(|(_, hole)| *hole).map(|(range, _)| range).collect();
+        Ok(FetchedData { range: self.range, bytes: Arc::new(self.bytes), holes: Arc::new(holes) })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pieces_come_out_as_they_came_in() {
+        let mut read = ReadAssembly::new(ByteRange { start: 1000, end: 2000 });
+        read.place(1500, 500, true).unwrap();
+        let place = read.place(1000, 500, false).unwrap();
+        let mut bytes = read.take_buffer();
+        bytes[place].fill(3);
+        read.give_buffer(bytes);
+        let data = read.finish().unwrap();
+        let shape = |part| -> Vec<(bool, u64)> {
+            data.pieces(part).iter().map(|p| (matches!(p, Part::Zeros(_)), p.len() as u64)).collect()
+        };
+        assert_eq!(shape(ByteRange { start: 1000, end: 2000 }), [(false, 500), (true, 500)]);
+        assert_eq!(shape(ByteRange { start: 1400, end: 1600 }), [(false, 100), (true, 100)]);
+        assert_eq!(shape(ByteRange { start: 1600, end: 1700 }), [(true, 100)]);
+    }
+
+    #[test]
+    fn gaps_overlaps_and_strays_are_refused() {
+        let range = ByteRange { start: 1000, end: 2000 };
+        let mut read = ReadAssembly::new(range);
+        assert!(read.place(999, 10, false).is_err());
+        assert!(read.place(1990, 11, false).is_err());
+        assert!(read.place(u64::MAX, 2, false).is_err());
+        read.place(1500, 100, false).unwrap();
+        assert!(read.place(1400, 101, true).is_err());
+        assert!(read.place(1599, 1, true).is_err());
+        assert!(read.finish().is_err());
+    }
+}

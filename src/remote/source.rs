@@ -1,0 +1,360 @@
+//! The source as a whole: its links, its identity, and what happens when it is lost.
+
+use std::cell::{Cell, RefCell};
+use std::rc::Rc;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use event_listener::Event;
+
+use super::dial::{DialError, dial};
+use super::link::{Link, LinkError};
+use super::read::FetchedData;
+use super::{BACKOFF, BULK_LINKS, SILENCE};
+use crate::engine::{ByteRange, Errno, Extent, Lane};
+use crate::identity::{IdentityHasher, sample_ranges};
+use crate::nbd::{TransmissionFlags, Uri};
+use crate::uring::{Task, sleep, spawn};
+
+/// Bytes over all links, since the source was opened. Readable from any thread.
+#[derive(Clone, Debug, Default)]
+pub struct SourceStats {
+    inner: Arc<Counters>,
+}
+
+#[derive(Debug, Default)]
+struct Counters {
+    received: AtomicU64,
+    sent: AtomicU64,
+    data: AtomicU64,
+    links: AtomicU64,
+}
+
+impl SourceStats {
+    pub(super) fn add_received(&self, bytes: u64) {
+        self.inner.received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_sent(&self, bytes: u64) {
+        self.inner.sent.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(super) fn add_data(&self, bytes: u64) {
+        self.inner.data.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// Bytes received, headers and handshakes included.
+    pub fn received_bytes(&self) -> u64 {
+        self.inner.received.load(Ordering::Relaxed)
+    }
+
+    /// Bytes sent.
+    pub fn sent_bytes(&self) -> u64 {
+        self.inner.sent.load(Ordering::Relaxed)
+    }
+
+    /// Bytes of the disk received as data (not as holes).
+    pub fn data_bytes(&self) -> u64 {
+        self.inner.data.load(Ordering::Relaxed)
+    }
+
+    /// Links that are up.
+    pub fn links(&self) -> u64 {
+        self.inner.links.load(Ordering::Relaxed)
+    }
+}
+
+/// Why the source does not answer at the moment.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Lost {
+    /// In words.
+    pub reason: String,
+}
+
+/// Who wants to know when the source is lost and found.
+pub trait SourceEvents {
+    /// No link is left; reconnecting goes on.
+    fn lost(&self, lost: Lost);
+    /// A link is up again.
+    fn found(&self);
+}
+
+/// An open source. Lives on one thread.
+pub struct Source {
+    shared: Rc<Shared>,
+    tasks: RefCell<Vec<Task<()>>>,
+}
+
+struct Shared {
+    uri: Uri,
+    stats: SourceStats,
+    identity: String,
+    size_bytes: u64,
+    /// Slot 0 serves demand; the others hydration, if there are any.
+    slots: RefCell<Vec<Option<Link>>>,
+    link_up: Event,
+    events: RefCell<Option<Rc<dyn SourceEvents>>>,
+    is_lost: Cell<bool>,
+}
+
+impl Source {
+    /// Connects for the first time and learns what the source is.
+    pub async fn open(uri: Uri) -> Result<Self, DialError> {
+        let stats = SourceStats::default();
+        let link = Link::start(dial(&uri).await?, stats.clone());
+        let identity = identify(&link).await.map_err(|error| DialError::Broken {
+            uri: uri.to_string(),
+            source: match error {
+                LinkError::Lost => std::io::ErrorKind::ConnectionReset.into(),
+                LinkError::Refused(errno) => std::io::Error::from_raw_os_error(errno.0),
+            },
+        })?;
+        let size_bytes = link.session().size_bytes;
+        let several = link.session().flags.contains(TransmissionFlags::CAN_MULTI_CONN);
+        let slots = if several { 1 + BULK_LINKS } else { 1 };
+        let shared = Rc::new(Shared {
+            uri,
+            stats,
+            identity,
+            size_bytes,
+            slots: RefCell::new(vec![None; slots]),
+            link_up: Event::new(),
+            events: RefCell::new(None),
+            is_lost: Cell::new(false),
+        });
+        shared.set(0, Some(link));
+        Ok(Self { shared, tasks: RefCell::default() })
+    }
+
+    /// Keeps links up from now on, and reports.
+    pub fn keep_up(&self, events: Rc<dyn SourceEvents>) {
+        *self.shared.events.borrow_mut() = Some(events);
+        let slots = self.shared.slots.borrow().len();
+        let mut tasks = self.tasks.borrow_mut();
+        tasks.extend((0..slots).map(|slot| spawn(keep_link(self.shared.clone(), slot))));
+        tasks.push(spawn(watch_silence(self.shared.clone())));
+    }
+
+    /// Where it is.
+    pub fn uri(&self) -> &Uri {
+        &self.shared.uri
+    }
+
+    /// Size of the disk in bytes.
+    pub fn size_bytes(&self) -> u64 {
+        self.shared.size_bytes
+    }
+
+    /// What its contents are known by.
+    pub fn identity(&self) -> &str {
+        &self.shared.identity
+    }
+
+    /// Counters.
+    pub fn stats(&self) -> &SourceStats {
+        &self.shared.stats
+    }
+
+    /// Largest read that the source takes, in bytes.
+    pub fn max_read_bytes(&self) -> u64 {
+        let slots = self.shared.slots.borrow();
+        slots.iter().flatten().map(|link| u64::from(link.session().max_payload_bytes())).min().unwrap_or(1 << 20)
+    }
+
+    /// Smallest unit of a read, in bytes.
+    pub fn min_read_bytes(&self) -> u64 {
+        let slots = self.shared.slots.borrow();
+        slots.iter().flatten().map(|link| u64::from(link.session().min_block)).max().unwrap_or(1)
+    }
+
+    /// Does it tell holes?
+    pub fn tells_extents(&self) -> bool {
+        self.shared.slots.borrow().iter().flatten().any(|link| link.session().base_allocation.is_some())
+    }
+
+    /// Is it a blkferry export, which can hash?
+    pub fn hashes_blocks(&self) -> bool {
+        let can = |link: &Link| link.session().ferry_identity.is_some() && link.session().structured;
+        self.shared.slots.borrow().iter().flatten().any(can)
+    }
+
+    /// Reads a range; waits for the source as long as it takes. An error is the source's own answer.
+    pub async fn read(&self, range: ByteRange, lane: Lane) -> Result<FetchedData, Errno> {
+        loop {
+            match self.shared.link(lane).await.read(range).await {
+                Ok(data) => return Ok(data),
+                Err(LinkError::Refused(errno)) => return Err(errno),
+                Err(LinkError::Lost) => {}
+            }
+        }
+    }
+
+    /// Holes and zeros of a range. Empty: the source cannot say.
+    pub async fn extents(&self, range: ByteRange, lane: Lane) -> Vec<Extent> {
+        loop {
+            match self.shared.link(lane).await.extents(range).await {
+                Ok(extents) => return extents,
+                Err(LinkError::Refused(_)) => return Vec::new(),
+                Err(LinkError::Lost) => {}
+            }
+        }
+    }
+
+    /// Hashes of a range, a blkferry source's.
+    pub async fn hashes(&self, range: ByteRange) -> Result<Vec<[u8; 32]>, Errno> {
+        loop {
+            match self.shared.link(Lane::Bulk).await.hashes(range).await {
+                Ok(hashes) => return Ok(hashes),
+                Err(LinkError::Refused(errno)) => return Err(errno),
+                Err(LinkError::Lost) => {}
+            }
+        }
+    }
+}
+
+impl Shared {
+    fn set(&self, slot: usize, link: Option<Link>) {
+        self.slots.borrow_mut()[slot] = link;
+        let up = self.slots.borrow().iter().flatten().filter(|link| link.is_alive()).count();
+        self.stats.inner.links.store(up as u64, Ordering::Relaxed);
+        if up > 0 {
+            self.link_up.notify(usize::MAX);
+            if self.is_lost.replace(false)
+                && let Some(events) = &*self.events.borrow()
+            {
+                events.found();
+            }
+        }
+    }
+
+    fn report_lost(&self, reason: String) {
+        if self.stats.links() == 0 {
+            self.is_lost.set(true);
+            if let Some(events) = &*self.events.borrow() {
+                events.lost(Lost { reason });
+            }
+        }
+    }
+
+    /// The least loaded link of a lane, or of the other lane if it has none; waits until there is one.
+    async fn link(&self, lane: Lane) -> Link {
+        loop {
+            let up = self.link_up.listen();
+            if let Some(link) = self.pick(lane) {
+                return link;
+            }
+            up.await;
+        }
+    }
+
+    fn pick(&self, lane: Lane) -> Option<Link> {
+        let slots = self.slots.borrow();
+        let (demand, bulk) = slots.split_at(1);
+        let (first, second) = match lane {
+            Lane::Demand => (demand, bulk),
+            Lane::Bulk => (bulk, demand),
+        };
+        let best = |slots: &[Option<Link>]| {
+            slots.iter().flatten().filter(|link| link.is_alive()).min_by_key(|link| link.load()).cloned()
+        };
+        best(first).or_else(|| best(second))
+    }
+}
+
+/// What the disk behind a link is known by: the identity that it tells, or samples of its contents.
+async fn identify(link: &Link) -> Result<String, LinkError> {
+    if let Some(identity) = &link.session().ferry_identity {
+        return Ok(identity.clone());
+    }
+    let size_bytes = link.session().size_bytes;
+    let unit = u64::from(link.session().min_block);
+    let mut hasher = IdentityHasher::new(size_bytes, None);
+    for range in sample_ranges(size_bytes) {
+        // Whole units of the source's block size around the sample.
+        let start = range.start / unit * unit;
+        let aligned = ByteRange { start, end: range.end.next_multiple_of(unit).min(size_bytes) };
+        let data = link.read(aligned).await?;
+        let mut bytes = Vec::new();
+        data.pieces(range).iter().for_each(|part| part.append_to(&mut bytes));
+        hasher.sample(&bytes);
+    }
+    Ok(hasher.finish("sampled"))
+}
+
+/// Keeps one slot filled for ever.
+async fn keep_link(shared: Rc<Shared>, slot: usize) {
+    let mut pause = BACKOFF.0;
+    loop {
+        let held = shared.slots.borrow()[slot].clone();
+        if let Some(link) = held {
+            link.dead().await;
+            shared.set(slot, None);
+            log::warn!("source {}: connection {slot} lost", shared.uri);
+            shared.report_lost("the connection was lost".into());
+        }
+        match reconnect(&shared).await {
+            Ok(link) => {
+                shared.set(slot, Some(link));
+                pause = BACKOFF.0;
+                continue;
+            }
+            Err(reason) => {
+                log::debug!("{reason}");
+                shared.report_lost(reason);
+            }
+        }
+        sleep(pause + jitter(pause)).await;
+        pause = (pause * 2).min(BACKOFF.1);
+    }
+}
+
+/// A new link to the *same* disk; anything else is refused, in words.
+async fn reconnect(shared: &Shared) -> Result<Link, String> {
+    let dialed = dial(&shared.uri).await.map_err(|e| e.to_string())?;
+    let link = Link::start(dialed, shared.stats.clone());
+    if link.session().size_bytes != shared.size_bytes {
+        let now = link.session().size_bytes;
+        link.close();
+        return Err(format!("source {}: it has {now} bytes now, {} before: refused", shared.uri, shared.size_bytes));
+    }
+    // Samples cost bytes: a foreign server is asked again only when no link to it was left.
+    let known = shared.stats.links() > 0 && link.session().ferry_identity.is_none();
+    if !known {
+        match identify(&link).await {
+            Ok(identity) if identity == shared.identity => {}
+            Ok(identity) => {
+                link.close();
+                return Err(format!(
+                    "source {}: it is not the same disk any more, or was written to ({identity}, before {}): refused",
+                    shared.uri, shared.identity
+                ));
+            }
+            Err(_) => {
+                link.close();
+                return Err(format!("source {}: the connection broke while the disk was identified", shared.uri));
+            }
+        }
+    }
+    Ok(link)
+}
+
+/// Up to half of a pause, so that many clients of one source do not return in step.
+fn jitter(pause: Duration) -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seed = now.subsec_nanos() ^ std::process::id().wrapping_mul(0x9e37_79b9);
+    pause.mul_f64(f64::from(seed % 1000) / 2000.0)
+}
+
+/// Closes links whose source has fallen silent with requests under way.
+async fn watch_silence(shared: Rc<Shared>) {
+    loop {
+        sleep(Duration::from_secs(1)).await;
+        for link in shared.slots.borrow().iter().flatten() {
+            if link.is_alive() && link.silent_since().is_some_and(|since| since.elapsed() > SILENCE) {
+                log::warn!("source {}: no answer for {} s, connection given up", shared.uri, SILENCE.as_secs());
+                link.close();
+            }
+        }
+    }
+}

@@ -1,0 +1,200 @@
+//! One client, from its greeting to its end.
+
+use std::io;
+use std::rc::Rc;
+
+use futures_util::FutureExt;
+use futures_util::future::{Either, select};
+
+use super::disk::Disk;
+use super::listener::ServeStats;
+use super::{HANDSHAKE_TIMEOUT, HASH_PIECE_BYTES, MAX_BYTES, MAX_REQUESTS, replies};
+use crate::engine::ByteRange;
+use crate::nbd::{
+    Command, CommandFlags, ExportInfo, Limits, MAX_EXTENTS, NbdError, ProtocolError, Request,
+    ServerHandshake, ServerStep, Session,
+};
+use crate::uring::{Budget, BufferedReader, Connection, Lent, Mailbox, Part, sleep, spawn};
+
+/// Receive buffer: many requests, or the payload of a small write.
+const READER_BYTES: usize = 64 << 10;
+/// Parts sent with one system call, across replies.
+const MAX_PARTS_PER_SEND: usize = 128;
+
+/// Why a connection ended early.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum ConnectionError {
+    #[error("{0}")]
+    Protocol(#[from] ProtocolError),
+    #[error("{0}")]
+    Io(#[from] io::Error),
+    #[error("the handshake took longer than {} s", HANDSHAKE_TIMEOUT.as_secs())]
+    TooSlow,
+    #[error("a write of {0} bytes is announced, which is more than this server takes or skips")]
+    PayloadTooLong(u32),
+}
+
+struct Reply {
+    parts: Vec<Part>,
+    /// The request's share of the limits, given back when the reply is sent.
+    _shares: (Lent, Lent),
+}
+
+/// What the requests of one connection share.
+struct Context<D> {
+    disk: Rc<D>,
+    session: Session,
+    limits: Limits,
+    replies: Mailbox<Reply>,
+    stats: ServeStats,
+}
+
+/// Serves a client until it leaves. `Ok`: it left in order.
+pub(super) async fn run<D: Disk>(connection: Connection, disk: Rc<D>, stats: ServeStats) -> Result<(), ConnectionError> {
+    let mut reader = BufferedReader::new(connection.clone(), READER_BYTES);
+    let export = disk.export();
+    let agreed = {
+        let handshake = shake_hands(&connection, &mut reader, export.clone()).boxed_local();
+        match select(handshake, sleep(HANDSHAKE_TIMEOUT).boxed_local()).await {
+            Either::Left((agreed, _)) => agreed?,
+            Either::Right(_) => return Err(ConnectionError::TooSlow),
+        }
+    };
+    let Some(session) = agreed else { return Ok(()) };
+    let limits = session.limits(&export);
+    let replies = Mailbox::default();
+    let context = Rc::new(Context { disk, session, limits, replies: replies.clone(), stats });
+    let _writer = spawn(write_replies(connection.clone(), replies, context.stats.clone()));
+    let requests = Budget::new(MAX_REQUESTS);
+    let bytes = Budget::new(MAX_BYTES);
+    let result = read_requests(&mut reader, &context, &requests, &bytes).await;
+    if result.is_ok() {
+        // DISC, or the end of the stream: what is under way is finished and answered first.
+        requests.all_back().await;
+    }
+    connection.shutdown();
+    result
+}
+
+async fn shake_hands(
+    connection: &Connection,
+    reader: &mut BufferedReader,
+    export: ExportInfo,
+) -> Result<Option<Session>, ConnectionError> {
+    let (mut handshake, greeting) = ServerHandshake::new(vec![export]);
+    connection.send(vec![Part::Owned(greeting)]).await?;
+    loop {
+        let want = handshake.needs().min(READER_BYTES);
+        let Some(bytes) = reader.read(want).await? else { return Ok(None) };
+        match handshake.feed(bytes)? {
+            ServerStep::Reply(reply) => connection.send(vec![Part::Owned(reply)]).await?,
+            ServerStep::Transmission { reply, session } => {
+                connection.send(vec![Part::Owned(reply)]).await?;
+                return Ok(Some(session));
+            }
+            ServerStep::Close { reply } => {
+                connection.send(vec![Part::Owned(reply)]).await?;
+                connection.shutdown();
+                return Ok(None);
+            }
+        }
+    }
+}
+
+async fn read_requests<D: Disk>(
+    reader: &mut BufferedReader,
+    context: &Rc<Context<D>>,
+    requests: &Budget,
+    bytes: &Budget,
+) -> Result<(), ConnectionError> {
+    loop {
+        let Some(header) = reader.read(Request::LEN).await? else { return Ok(()) };
+        let request = Request::decode(header.try_into().expect("read what was asked for"))?;
+        if request.command == Command::Disc {
+            return Ok(());
+        }
+        let payload_len = request.payload_len();
+        if payload_len > context.limits.max_payload.saturating_mul(2) {
+            return Err(ConnectionError::PayloadTooLong(payload_len));
+        }
+        let verdict = request.validate(&context.limits);
+        let holds = match request.command {
+            Command::Read | Command::Write if verdict.is_ok() => request.len as usize,
+            _ => 0,
+        };
+        let shares = (requests.take(1).await, bytes.take(holds).await);
+        let mut payload = Vec::new();
+        if verdict.is_err() {
+            reader.skip(payload_len as usize).await?;
+        } else if payload_len > 0 {
+            let (result, filled) = reader.read_into(vec![0; payload_len as usize], 0, payload_len as usize).await;
+            result?;
+            payload = filled;
+            context.stats.add_written(u64::from(payload_len));
+        }
+        let context = context.clone();
+        spawn(async move {
+            let parts = match verdict {
+                Err(error) => replies::done(context.session.structured, request.cookie, Err(error)),
+                Ok(()) => answer(&context, request, payload).await,
+            };
+            context.replies.send(Reply { parts, _shares: shares });
+        })
+        .detach();
+    }
+}
+
+async fn answer<D: Disk>(context: &Context<D>, request: Request, payload: Vec<u8>) -> Vec<Part> {
+    let structured = context.session.structured;
+    let Request { flags, command, cookie, offset, len } = request;
+    let range = ByteRange::new(offset, u64::from(len));
+    let fua = flags.contains(CommandFlags::FUA);
+    let disk = &context.disk;
+    let result = match command {
+        Command::Read => match disk.read(range).await {
+            Ok(pieces) => return replies::data(structured, flags.contains(CommandFlags::DF), cookie, offset, pieces),
+            Err(error) => Err(error),
+        },
+        Command::Write => disk.write(offset, payload, fua).await,
+        Command::Flush => disk.flush().await,
+        Command::Trim => disk.trim(range, fua).await,
+        Command::WriteZeroes => {
+            let keep_allocated = flags.contains(CommandFlags::NO_HOLE);
+            disk.zero(range, fua, keep_allocated, flags.contains(CommandFlags::FAST_ZERO)).await
+        }
+        Command::Cache => disk.prefetch(range).await,
+        Command::BlockStatus => {
+            let max = if flags.contains(CommandFlags::REQ_ONE) { 1 } else { MAX_EXTENTS.min(8192) };
+            match (disk.extents(range, max).await, context.session.base_allocation) {
+                (Ok(extents), Some(id)) if !extents.is_empty() => return replies::block_status(cookie, id, &extents),
+                (Ok(_), _) => Err(NbdError::Inval),
+                (Err(error), _) => Err(error),
+            }
+        }
+        Command::FerryHash => match disk.hashes(range, HASH_PIECE_BYTES).await {
+            Ok(hashes) => return replies::hashes(cookie, offset, HASH_PIECE_BYTES, &hashes),
+            Err(error) => Err(error),
+        },
+        Command::Disc | Command::Unknown(_) => Err(NbdError::Inval),
+    };
+    replies::done(structured, cookie, result)
+}
+
+async fn write_replies(connection: Connection, replies: Mailbox<Reply>, stats: ServeStats) {
+    loop {
+        let mut batch = vec![replies.recv().await];
+        let mut parts = std::mem::take(&mut batch[0].parts);
+        while parts.len() < MAX_PARTS_PER_SEND
+            && let Some(mut reply) = replies.try_recv()
+        {
+            parts.append(&mut reply.parts);
+            batch.push(reply);
+        }
+        let len: usize = parts.iter().map(Part::len).sum();
+        if connection.send(parts).await.is_err() {
+            // The reader sees it too, and ends the connection.
+            connection.shutdown();
+        }
+        stats.add_sent(len as u64);
+    }
+}

@@ -1,0 +1,33 @@
+//! An NBD server on a ring. What it serves is a [`Disk`]: the export's image, or the ferried device.
+//!
+//! ```text
+//!   listener ─► connection ─► handshake ─► reader ──request──► a task each ─► Disk
+//!                                            ▲                     │
+//!                        limits: requests,   │                     └─reply─► writer ─► socket
+//!                        bytes in flight  ───┘
+//! ```
+//!
+//! Invariants: a request holds its share of the limits from its arrival until its reply is sent, so a
+//! client that does not read its replies stops being read from; one connection's trouble ends that
+//! connection only.
+
+mod connection;
+mod disk;
+mod listener;
+mod replies;
+
+pub use disk::{Disk, DiskExtent};
+pub use listener::{ServeStats, serve};
+
+use std::time::Duration;
+
+/// Connections that one listener serves at a time.
+pub const MAX_CONNECTIONS: usize = 256;
+/// Requests of one connection that may be under way.
+const MAX_REQUESTS: usize = 1024;
+/// Bytes of payload, both ways, that the requests of one connection may hold.
+const MAX_BYTES: usize = 64 << 20;
+/// How long a client may take for the handshake.
+const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Piece of the disk that one hash of the private hash command stands for.
+pub const HASH_PIECE_BYTES: u32 = 4096;

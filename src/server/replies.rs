@@ -1,0 +1,78 @@
+//! From answers to bytes on the wire.
+
+use crate::nbd::chunk::{
+    Extent, Hole, put_block_status_chunk, put_data_chunk_head, put_error_chunk, put_ferry_hashes_chunk, put_none_chunk,
+};
+use crate::nbd::{NbdError, ReplyFlags, StateFlags, put_simple_reply};
+use crate::uring::Part;
+
+use super::disk::DiskExtent;
+
+/// A reply without data.
+pub(super) fn done(structured: bool, cookie: u64, result: Result<(), NbdError>) -> Vec<Part> {
+    let mut head = Vec::new();
+    match result {
+        Err(error) if structured => put_error_chunk(&mut head, cookie, ReplyFlags::DONE, error, &error.to_string(), None),
+        Ok(()) if structured => put_none_chunk(&mut head, cookie),
+        result => put_simple_reply(&mut head, cookie, result.err()),
+    }
+    vec![Part::Owned(head)]
+}
+
+/// The data of a read. Structured: a chunk a piece, holes as holes; with `single` (DF) all in one chunk.
+pub(super) fn data(structured: bool, single: bool, cookie: u64, offset: u64, pieces: Vec<Part>) -> Vec<Part> {
+    let mut parts = Vec::with_capacity(1 + 2 * pieces.len());
+    let mut head = Vec::new();
+    if !structured {
+        put_simple_reply(&mut head, cookie, None);
+        parts.push(Part::Owned(head));
+        parts.extend(pieces);
+        return parts;
+    }
+    if single {
+        let len: usize = pieces.iter().map(Part::len).sum();
+        put_data_chunk_head(&mut head, cookie, ReplyFlags::DONE, offset, len as u32);
+        parts.push(Part::Owned(head));
+        parts.extend(pieces);
+        return parts;
+    }
+    let mut at = offset;
+    let last = pieces.len() - 1;
+    for (index, piece) in pieces.into_iter().enumerate() {
+        let flags = if index == last { ReplyFlags::DONE } else { ReplyFlags::empty() };
+        let len = piece.len();
+        match piece {
+            Part::Zeros(_) => Hole { offset: at, len: len as u32 }.put(&mut head, cookie, flags),
+            part => {
+                put_data_chunk_head(&mut head, cookie, flags, at, len as u32);
+                parts.push(Part::Owned(std::mem::take(&mut head)));
+                parts.push(part);
+            }
+        }
+        at += len as u64;
+    }
+    parts.push(Part::Owned(head));
+    parts
+}
+
+/// The answer to BLOCK_STATUS.
+pub(super) fn block_status(cookie: u64, context_id: u32, extents: &[DiskExtent]) -> Vec<Part> {
+    let longest = u64::from(u32::MAX & !0xffff);
+    let to_wire = |extent: &DiskExtent| {
+        let mut flags = StateFlags::empty();
+        flags.set(StateFlags::HOLE, extent.hole);
+        flags.set(StateFlags::ZERO, extent.zero);
+        Extent { len: extent.len_bytes.min(longest) as u32, flags }
+    };
+    let extents: Vec<Extent> = extents.iter().map(to_wire).collect();
+    let mut head = Vec::new();
+    put_block_status_chunk(&mut head, cookie, ReplyFlags::DONE, context_id, &extents);
+    vec![Part::Owned(head)]
+}
+
+/// The answer to a request for hashes.
+pub(super) fn hashes(cookie: u64, offset: u64, piece_bytes: u32, hashes: &[[u8; 32]]) -> Vec<Part> {
+    let mut head = Vec::new();
+    put_ferry_hashes_chunk(&mut head, cookie, ReplyFlags::DONE, offset, piece_bytes, hashes);
+    vec![Part::Owned(head)]
+}

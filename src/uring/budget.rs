@@ -1,0 +1,65 @@
+//! Backpressure: an amount that is lent out and comes back.
+
+use std::cell::Cell;
+use std::rc::Rc;
+
+use event_listener::Event;
+
+/// A bounded amount of something (bytes, requests), shared by the tasks of one thread.
+#[derive(Clone, Debug)]
+pub struct Budget {
+    inner: Rc<Inner>,
+}
+
+#[derive(Debug)]
+struct Inner {
+    limit: usize,
+    free: Cell<usize>,
+    returned: Event,
+}
+
+/// A part of a [`Budget`]; it goes back when this is dropped.
+#[derive(Debug)]
+pub struct Lent {
+    budget: Rc<Inner>,
+    amount: usize,
+}
+
+impl Budget {
+    /// `limit` in all.
+    pub fn new(limit: usize) -> Self {
+        Self { inner: Rc::new(Inner { limit, free: Cell::new(limit), returned: Event::new() }) }
+    }
+
+    /// Takes `amount` if it is there now. More than the limit counts as the limit: one too large waits
+    /// until all else is done, rather than for ever.
+    pub fn try_take(&self, amount: usize) -> Option<Lent> {
+        let amount = amount.min(self.inner.limit);
+        let left = self.inner.free.get().checked_sub(amount)?;
+        self.inner.free.set(left);
+        Some(Lent { budget: self.inner.clone(), amount })
+    }
+
+    /// Takes `amount`, waiting for it.
+    pub async fn take(&self, amount: usize) -> Lent {
+        loop {
+            let returned = self.inner.returned.listen();
+            if let Some(lent) = self.try_take(amount) {
+                return lent;
+            }
+            returned.await;
+        }
+    }
+
+    /// Waits until all is back.
+    pub async fn all_back(&self) {
+        drop(self.take(self.inner.limit).await);
+    }
+}
+
+impl Drop for Lent {
+    fn drop(&mut self) {
+        self.budget.free.set(self.budget.free.get() + self.amount);
+        self.budget.returned.notify(usize::MAX);
+    }
+}

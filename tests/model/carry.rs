@@ -1,0 +1,162 @@
+//! Tasks are carried out: piece by piece, and their outcome is told to the engine.
+
+use blkferry::engine::{Errno, Event, Extent, OpId};
+
+use crate::check::{Checked, ensure};
+use crate::guest::Wish;
+use crate::stamp::{SECTOR, Stamp};
+use crate::task::{Act, Stage, Task, What};
+use crate::world::World;
+
+impl World {
+    /// Handles some of a task's sectors, from its lower or its upper end.
+    pub fn progress(&mut self, at: usize, sectors: u64, from_below: bool) -> Checked {
+        let task = &mut self.tasks[at];
+        let count = sectors.min(task.left());
+        let piece = if from_below {
+            let start = task.left.start;
+            task.left.start += count;
+            start..start + count
+        } else {
+            task.left.end -= count;
+            task.left.end..task.left.end + count
+        };
+        let what = task.what.clone();
+        self.note(|| format!("   . {what:?} on sectors {piece:?}"));
+        match what {
+            What::Local(_, op, act) | What::Hit(op, act) => piece.into_iter().try_for_each(|s| self.touch(op, act, s)),
+            What::Store(..) => {
+                piece.for_each(|sector| self.disk.write(sector, Stamp::source(sector)));
+                Ok(())
+            }
+            What::Wire(_) | What::Query(_) | What::Commit(_) => Ok(()),
+        }
+    }
+
+    /// Reads or writes one sector for a guest.
+    fn touch(&mut self, op: OpId, act: Act, sector: u64) -> Checked {
+        if act.is_change() {
+            let block = self.setup.geometry.block_of(sector * SECTOR);
+            let run = blkferry::engine::BlockRun::new(block, block + 1);
+            ensure!(self.maps().any_dirty(run), "dirty map", "the guest changes block {block}, which is not dirty");
+            let stamp = self.guest(op)?.stamp().expect("a change has a stamp");
+            self.disk.write(sector, stamp);
+            self.guest(op)?.fill(sector, stamp);
+            return Ok(());
+        }
+        let found = if act == Act::Deliver { Stamp::source(sector) } else { self.disk.read(sector) };
+        self.guest(op)?.fill(sector, found);
+        Ok(())
+    }
+
+    /// The task has ended, after all of its sectors or with an error, and the engine is told.
+    pub fn finish(&mut self, at: usize, result: Result<(), Errno>) -> Checked {
+        let task = self.tasks.swap_remove(at);
+        self.injected |= result.is_err();
+        match task.what {
+            What::Local(io, op, act) => {
+                self.local_ended(op, act, &task, result)?;
+                self.feed(Event::LocalDone { io, result })?;
+            }
+            What::Hit(op, act) => {
+                self.local_ended(op, act, &task, result)?;
+                // FUA on bits that were not durable: the frontend's write is done, a flush makes it so.
+                let needs_flush = self.guest(op)?.is_fua() && act != (Act::Write { dsync: true });
+                if needs_flush && result.is_ok() {
+                    self.feed(Event::Flush { op })?;
+                } else {
+                    self.note(|| format!("   . hit {op:?} ends with {result:?}"));
+                    self.complete(op, result)?;
+                }
+            }
+            What::Store(fetch, run) => drop(self.feed(Event::Stored { fetch, run, result })?),
+            What::Wire(id) => {
+                if result.is_ok() {
+                    let fetch = self.fetches.iter_mut().find(|f| f.id == id);
+                    fetch.expect("no fetch is released while it is on the wire").arrived = true;
+                }
+                self.feed(Event::Fetched { fetch: id, result })?;
+            }
+            What::Query(_) | What::Commit(_) => unreachable!("these end in their own ways"),
+        }
+        Ok(())
+    }
+
+    fn local_ended(&mut self, op: OpId, act: Act, task: &Task, result: Result<(), Errno>) -> Checked {
+        let guest = self.guest(op)?;
+        guest.must_fail |= result.is_err();
+        if result.is_ok() && act == (Act::Write { dsync: true }) {
+            let stamp = guest.stamp().expect("a write has a stamp");
+            self.disk.sync_write(task.sectors.clone(), stamp);
+        }
+        Ok(())
+    }
+
+    /// The source describes itself. The answer may be short or empty; it may call zeros data, never data zeros.
+    pub fn answer(&mut self, at: usize, extents: Vec<Extent>) -> Checked {
+        let What::Query(asked) = self.tasks.swap_remove(at).what else {
+            unreachable!("only queries are answered");
+        };
+        self.told_zero[asked.start as usize..asked.end as usize].fill(false);
+        let mut sector = asked.start * self.setup.geometry.block_bytes() / SECTOR;
+        let mut zeros = vec![false; self.setup.source_zero.len()];
+        for extent in &extents {
+            let end = (sector + extent.len_bytes / SECTOR).min(zeros.len() as u64);
+            zeros[sector as usize..end as usize].fill(extent.zero);
+            sector = end;
+        }
+        for block in asked.start..asked.end {
+            let sectors = self.sectors(blkferry::engine::BlockRun::new(block, block + 1));
+            self.told_zero[block as usize] = zeros[sectors.start as usize..sectors.end as usize].iter().all(|&z| z);
+        }
+        self.feed(Event::Extents { extents }).map(drop)
+    }
+
+    /// The commit goes one step on.
+    pub fn commit_step(&mut self, at: usize) -> Checked {
+        let What::Commit(stage) = self.tasks[at].what.clone() else {
+            unreachable!("only commits go in stages");
+        };
+        self.note(|| format!("   . commit: {}", stage.name()));
+        let next = match stage {
+            Stage::Take => Stage::SyncData(self.maps().take_changed()),
+            Stage::SyncData(pages) => Stage::DataSynced(pages, self.disk.mark()),
+            Stage::DataSynced(pages, mark) => {
+                self.disk.sync(mark);
+                if pages.is_empty() { Stage::Tell } else { Stage::WritePages(pages) }
+            }
+            Stage::WritePages(pages) => {
+                self.written_pages.extend(pages);
+                Stage::SyncPages
+            }
+            Stage::SyncPages => {
+                // Bits only grow: the newer page says all that the older one said.
+                self.durable_pages = std::mem::take(&mut self.written_pages);
+                Stage::Tell
+            }
+            Stage::Tell => {
+                self.tasks.swap_remove(at);
+                self.stats.commits += 1;
+                self.maps().committed();
+                return self.feed(Event::Committed { result: Ok(()) }).map(drop);
+            }
+        };
+        self.tasks[at].what = What::Commit(next);
+        Ok(())
+    }
+
+    /// The commit fails where it stands. The device has failed with it, for good.
+    pub fn commit_fails(&mut self, at: usize) -> Checked {
+        let What::Commit(stage) = self.tasks.swap_remove(at).what else {
+            unreachable!("only commits fail like this");
+        };
+        self.note(|| format!("   . commit fails at: {}", stage.name()));
+        self.injected = true;
+        self.stats.failed_commits += 1;
+        self.maps().commit_failed();
+        self.open.iter_mut().filter(|guest| guest.wish == Wish::Flush).for_each(|guest| guest.must_fail = true);
+        self.feed(Event::Committed { result: Err(Errno::EIO) })?;
+        ensure!(self.engine.failed().is_some(), "I11", "a commit has failed, and the device goes on");
+        Ok(())
+    }
+}

@@ -1,0 +1,147 @@
+//! What the engine orders, checked against the rules on single actions, becomes a task.
+//!
+//! The history (see [`crate::history`]) finds what a guest could notice. The rules here are stricter: they
+//! also find what a guest would notice only in another order of events, and what costs and does not harm.
+
+use blkferry::engine::{Action, BlockRun, ByteRange, FetchId, Lane, OpId};
+
+use crate::check::{Checked, ensure};
+use crate::task::{Act, Stage, Task, What};
+use crate::world::{Fetch, World};
+
+impl World {
+    /// Takes one action of the engine.
+    pub fn take(&mut self, action: Action, is_hydration: bool) -> Checked {
+        match action {
+            Action::ReadLocal { io, op, range } => self.take_local(op, range, What::Local(io, op, Act::Read)),
+            Action::WriteLocal { io, op, range, dsync } => {
+                self.take_local(op, range, What::Local(io, op, Act::Write { dsync }))
+            }
+            Action::ZeroLocal { io, op, range, .. } => self.take_local(op, range, What::Local(io, op, Act::Zero)),
+            Action::Deliver { io, op, fetch, range } => {
+                let covering = self.setup.geometry.covering(range);
+                self.check_buffer(fetch, covering)?;
+                self.take_local(op, range, What::Local(io, op, Act::Deliver))
+            }
+            Action::Fetch { fetch, run, lane } => self.take_fetch(fetch, run, lane, is_hydration),
+            Action::Store { fetch, run } => {
+                self.check_buffer(fetch, run)?;
+                self.take_store(fetch, run)
+            }
+            Action::StoreZero { fetch, run } => {
+                ensure!(self.setup.is_zero(run), "I4/I6", "{run} is not all zeros at the source");
+                self.cross(run)?;
+                self.fetches.push(Fetch { id: fetch, run, arrived: true });
+                self.stats.zero_stores += 1;
+                self.take_store(fetch, run)
+            }
+            Action::Release { fetch } => self.take_release(fetch),
+            Action::QueryExtents { run } => {
+                let asked = self.tasks.iter().any(|t| matches!(t.what, What::Query(_)));
+                ensure!(!asked, "I10", "a second query of extents");
+                self.tasks.push(Task::new(What::Query(run)));
+                Ok(())
+            }
+            Action::HydrationWaits => {
+                let busy = self.tasks.iter().any(|t| !matches!(t.what, What::Hit(..) | What::Commit(_)));
+                ensure!(busy, "I10", "hydration waits for nothing: a block is lost in the table");
+                Ok(())
+            }
+            Action::HydrationDone => {
+                self.hydrated = true;
+                let all = self.setup.geometry.all();
+                ensure!(self.maps().all_present(all), "hydration", "done, though blocks are absent");
+                Ok(())
+            }
+            Action::Commit => {
+                let running = self.tasks.iter().any(|t| matches!(t.what, What::Commit(_)));
+                ensure!(!running, "I10", "two commits at a time");
+                self.tasks.push(Task::new(What::Commit(Stage::Take)));
+                Ok(())
+            }
+            Action::Complete { op, result } => self.complete(op, result),
+        }
+    }
+
+    fn take_local(&mut self, op: OpId, range: ByteRange, what: What) -> Checked {
+        self.guest(op)?.claim(range)?;
+        let task = Task::on(range, what);
+        if !matches!(task.what, What::Local(_, _, Act::Deliver)) {
+            let geometry = self.setup.geometry;
+            let (covering, inside) = (geometry.covering(range), geometry.inside(range));
+            let maps = self.maps();
+            let absent = (covering.start..covering.end).find(|&b| !maps.all_present(BlockRun::new(b, b + 1)));
+            let whole = absent.is_none_or(|_| task.is_guest_change() && covering == inside);
+            ensure!(self.lenient(whole), "I5", "{:?} works on a part of absent block {absent:?}", task.what);
+            let stores = self.tasks.iter().any(|t| matches!(t.what, What::Store(..)) && t.meets(&task.sectors));
+            ensure!(self.lenient(!stores), "I3", "{:?} {range:?} while fetched data is stored there", task.what);
+            self.stats.overwrites += u64::from(absent.is_some());
+        }
+        self.tasks.push(task);
+        Ok(())
+    }
+
+    fn take_fetch(&mut self, id: FetchId, run: BlockRun, lane: Lane, is_hydration: bool) -> Checked {
+        let most = self.setup.geometry.blocks_in(self.setup.config.max_fetch_bytes).get();
+        ensure!(!run.is_empty() && run.len() <= most, "I10", "a fetch of {run}, {most} are the most");
+        ensure!((lane == Lane::Bulk) == is_hydration, "I8", "a fetch of {run} in the wrong lane {lane:?}");
+        self.cross(run)?;
+        if is_hydration {
+            let told = (run.start..run.end).find(|&b| self.told_zero[b as usize]);
+            ensure!(told.is_none(), "I6", "block {told:?} is known to be zeros, and is fetched");
+        }
+        self.fetches.push(Fetch { id, run, arrived: false });
+        self.tasks.push(Task::new(What::Wire(id)));
+        self.stats.fetches += 1;
+        Ok(())
+    }
+
+    /// Blocks begin to cross the wire, as data or as zeros: none that is here or on its way already.
+    fn cross(&mut self, run: BlockRun) -> Checked {
+        let sectors = self.sectors(run);
+        let busy = self
+            .tasks
+            .iter()
+            .find(|t| t.meets(&sectors) && (t.is_guest_change() || matches!(t.what, What::Store(..))));
+        ensure!(self.lenient(busy.is_none()), "I6", "{run} is fetched during {:?}", busy.map(|t| &t.what));
+        for block in run.start..run.end {
+            let present = self.maps().all_present(BlockRun::new(block, block + 1));
+            ensure!(self.lenient(!present), "I6", "block {block} is present, and is fetched");
+            self.crossed[block as usize] += 1;
+            let once = self.injected || self.crossed[block as usize] == 1;
+            ensure!(self.lenient(once), "I6", "block {block} crosses a second time");
+        }
+        Ok(())
+    }
+
+    fn take_store(&mut self, fetch: FetchId, run: BlockRun) -> Checked {
+        let task = Task::on(self.setup.geometry.bytes_of(run), What::Store(fetch, run));
+        let guest = self.tasks.iter().any(|t| t.is_guest_change() && t.meets(&task.sectors));
+        ensure!(self.lenient(!guest), "I3", "{run} is stored while the guest writes there");
+        let mut blocks = run.start..run.end;
+        let present = blocks.find(|&b| self.maps().all_present(BlockRun::new(b, b + 1)));
+        ensure!(self.lenient(present.is_none()), "I3", "present block {present:?} is stored");
+        self.tasks.push(task);
+        Ok(())
+    }
+
+    /// The data of these blocks must be in the buffer of this fetch.
+    fn check_buffer(&self, id: FetchId, run: BlockRun) -> Checked {
+        let fetch = self.fetches.iter().find(|f| f.id == id);
+        let there = fetch.is_some_and(|f| f.arrived && f.run.clip(run) == run);
+        ensure!(there, "I3", "{id:?} has no data of {run}");
+        Ok(())
+    }
+
+    fn take_release(&mut self, id: FetchId) -> Checked {
+        let at = self.fetches.iter().position(|f| f.id == id);
+        ensure!(at.is_some(), "I10", "{id:?} is released, but is not there");
+        let busy = self.tasks.iter().any(|t| match t.what {
+            What::Store(fetch, _) | What::Wire(fetch) => fetch == id,
+            _ => false,
+        });
+        ensure!(!busy, "I10", "{id:?} is released while it is in use");
+        self.fetches.swap_remove(at.expect("checked above"));
+        Ok(())
+    }
+}

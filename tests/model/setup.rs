@@ -1,0 +1,93 @@
+//! What a case starts from.
+
+use blkferry::engine::{BlockRun, ByteRange, EngineConfig, Geometry};
+
+use crate::rng::Rng;
+use crate::stamp::SECTOR;
+
+/// What a block of the cache is before the case begins.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Initial {
+    /// Not fetched.
+    Absent,
+    /// Fetched and committed.
+    Fetched,
+    /// Written by the guest and committed.
+    Dirty,
+}
+
+/// Device, source and surroundings.
+#[derive(Clone, Debug)]
+pub struct Setup {
+    /// Sizes.
+    pub geometry: Geometry,
+    /// The engine's.
+    pub config: EngineConfig,
+    /// One for each block.
+    pub blocks: Vec<Initial>,
+    /// Which sectors of the source are zeros.
+    pub source_zero: Vec<bool>,
+}
+
+impl Setup {
+    /// A device with nothing special about it.
+    pub fn plain(blocks: Vec<Initial>, max_fetch_blocks: u64) -> Self {
+        let geometry = Geometry::new(blocks.len() as u64 * 4096, 4096).expect("a valid size");
+        Self {
+            geometry,
+            config: EngineConfig { max_fetch_bytes: max_fetch_blocks * 4096, extents: false },
+            source_zero: vec![false; blocks.len() * 8],
+            blocks,
+        }
+    }
+
+    /// Any device: mostly small, so that requests meet; sometimes with a short last block; new or in use.
+    pub fn random(rng: &mut Rng) -> Self {
+        let block_bytes = rng.one_of(&[4096, 4096, 4096, 4096, 4096, 4096, 4096, 8192, 16384]);
+        let blocks = match rng.below(20) {
+            0..13 => rng.between(1, 6),
+            13..19 => rng.between(4, 12),
+            _ => rng.between(10, 40),
+        };
+        let last_bytes = if rng.percent(40) { SECTOR * rng.between(1, block_bytes / SECTOR) } else { block_bytes };
+        let geometry =
+            Geometry::new((blocks - 1) * block_bytes + last_bytes, block_bytes).expect("a size that is allowed");
+        let max_fetch_bytes = rng.one_of(&[512, block_bytes, 2 * block_bytes, 3 * block_bytes, 1 << 20]);
+        let config = EngineConfig { max_fetch_bytes, extents: rng.percent(50) };
+        let in_use = rng.percent(40);
+        let states = [Initial::Absent, Initial::Absent, Initial::Fetched, Initial::Dirty];
+        let state = |rng: &mut Rng| if in_use { rng.one_of(&states) } else { Initial::Absent };
+        let states = (0..blocks).map(|_| state(rng)).collect();
+        let source_zero = random_zeros(rng, geometry.size_bytes() / SECTOR);
+        Self { geometry, config, blocks: states, source_zero }
+    }
+
+    /// Number of sectors.
+    pub fn sectors(&self) -> u64 {
+        self.geometry.size_bytes() / SECTOR
+    }
+
+    /// Are these blocks zeros at the source?
+    pub fn is_zero(&self, run: BlockRun) -> bool {
+        let range = sectors_of(self.geometry.bytes_of(run));
+        self.source_zero[range.start as usize..range.end as usize].iter().all(|&zero| zero)
+    }
+}
+
+/// The sectors of a range of bytes.
+pub fn sectors_of(range: ByteRange) -> std::ops::Range<u64> {
+    range.start / SECTOR..range.end / SECTOR
+}
+
+/// Holes of all lengths between data of all lengths, sometimes only the one or the other.
+fn random_zeros(rng: &mut Rng, sectors: u64) -> Vec<bool> {
+    let longest = rng.one_of(&[3, 20, 60, 400]);
+    let mut zeros = Vec::with_capacity(sectors as usize);
+    let mut zero = rng.percent(50);
+    while (zeros.len() as u64) < sectors {
+        let len = rng.between(1, longest).min(sectors - zeros.len() as u64);
+        zeros.extend(std::iter::repeat_n(zero, len as usize));
+        zero = !zero;
+    }
+    zeros
+}

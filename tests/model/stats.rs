@@ -1,0 +1,51 @@
+//! Counts of what happened, to prove that the cases are about something.
+
+/// See the fields.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats {
+    pub cases: u64,
+    /// Requests answered, and how many of them with an error.
+    pub answers: u64,
+    pub errors: u64,
+    /// Requests that the frontend handled without the engine.
+    pub hits: u64,
+    pub fetches: u64,
+    pub zero_stores: u64,
+    /// Writes of whole absent blocks.
+    pub overwrites: u64,
+    pub commits: u64,
+    pub failed_commits: u64,
+    /// Times that the source fell silent, and requests that were open then.
+    pub silences: u64,
+    pub waiting_in_silence: u64,
+    pub kills: u64,
+    pub power_cuts: u64,
+}
+
+impl Stats {
+    /// Adds another run's counts.
+    pub fn add(&mut self, other: &Self) {
+        self.cases += other.cases;
+        self.answers += other.answers;
+        self.errors += other.errors;
+        self.hits += other.hits;
+        self.fetches += other.fetches;
+        self.zero_stores += other.zero_stores;
+        self.overwrites += other.overwrites;
+        self.commits += other.commits;
+        self.failed_commits += other.failed_commits;
+        self.silences += other.silences;
+        self.waiting_in_silence += other.waiting_in_silence;
+        self.kills += other.kills;
+        self.power_cuts += other.power_cuts;
+    }
+
+    /// Did every kind of thing happen?
+    pub fn saw_everything(&self) -> bool {
+        let counts = [
+            self.answers, self.errors, self.hits, self.fetches, self.zero_stores, self.overwrites, self.commits,
+            self.failed_commits, self.silences, self.waiting_in_silence, self.kills, self.power_cuts,
+        ];
+        counts.iter().all(|&count| count > 0)
+    }
+}
