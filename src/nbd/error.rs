@@ -126,7 +126,7 @@ pub enum ProtocolError {
         defect: Defect,
     },
     /// `NBD_REP_ERR_POLICY` to an option that is needed.
-    #[error("the server's configuration forbids {option}: \"{message}\"; allow this client there")]
+    #[error("the server's configuration forbids {option}{}; allow this client there", said(.message))]
     RefusedByPolicy {
         /// The option that was sent.
         option: OptionKind,
@@ -134,7 +134,7 @@ pub enum ProtocolError {
         message: String,
     },
     /// Another error reply to an option that is needed.
-    #[error("the server refused {option} with {kind}: \"{message}\"")]
+    #[error("the server refused {option} with {kind}{}", said(.message))]
     OptionRefused {
         /// The option that was sent.
         option: OptionKind,
@@ -145,8 +145,8 @@ pub enum ProtocolError {
     },
     /// `NBD_REP_ERR_TLS_REQD`.
     #[error(
-        "the server wants TLS for export {export:?}, which is not supported yet: \"{message}\"; let the server \
-             serve it without TLS on a trusted network, or through an SSH tunnel"
+        "the server wants TLS for {}, which is not supported yet{}; let the server \
+             serve it without TLS on a trusted network, or through an SSH tunnel", named(.export), said(.message)
     )]
     TlsRequired {
         /// The export that was asked for.
@@ -156,8 +156,8 @@ pub enum ProtocolError {
     },
     /// The server has no export of this name.
     #[error(
-        "the server has no export named {export:?}: \"{message}\"; list what it has, and check the last part of \
-             the URI"
+        "the server has no export named {export:?}{}; list what it has, and check the last part of \
+             the URI", said(.message)
     )]
     ExportUnknown {
         /// The export that was asked for.
@@ -166,22 +166,22 @@ pub enum ProtocolError {
         message: String,
     },
     /// No name was given, and the server has no default export.
-    #[error("the server offers no default export: \"{message}\"; name one in the URI, as in nbd://host/NAME")]
+    #[error("the server offers no default export{}; name one in the URI, as in nbd://host/NAME", said(.message))]
     NoDefaultExport {
         /// The server's words.
         message: String,
     },
     /// `NBD_REP_ERR_BLOCK_SIZE_REQD` although the block sizes were asked for.
     #[error(
-        "the server wants its block sizes acknowledged, although it was asked for them: \"{message}\"; use \
-             another server version"
+        "the server wants its block sizes acknowledged, although it was asked for them{}; use \
+             another server version", said(.message)
     )]
     BlockSizesRequired {
         /// The server's words.
         message: String,
     },
     /// `NBD_REP_ERR_SHUTDOWN`.
-    #[error("the server is shutting down: \"{message}\"; connect again later")]
+    #[error("the server is shutting down{}; connect again later", said(.message))]
     ServerShutdown {
         /// The server's words.
         message: String,
@@ -264,4 +264,39 @@ pub enum ProtocolError {
     /// The caller fed bytes after the handshake had ended. A bug on this side.
     #[error("bytes were fed to a handshake that is over: a bug in blkferry, please report it")]
     HandshakeOver,
+}
+
+/// The peer's words, where there are any.
+fn said(message: &str) -> String {
+    if message.is_empty() { String::new() } else { format!(" (it says: {message:?})") }
+}
+
+fn named(export: &str) -> String {
+    if export.is_empty() { "its default export".to_owned() } else { format!("export {export:?}") }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_peers_words_are_quoted_only_where_there_are_any() {
+        let text = |export: &str, message: &str| {
+            let (export, message) = (export.to_owned(), message.to_owned());
+            let unknown = ProtocolError::ExportUnknown { export: export.clone(), message: message.clone() };
+            (unknown.to_string(), ProtocolError::TlsRequired { export, message }.to_string())
+        };
+        let (unknown, tls) = text("disk", "");
+        assert!(unknown.starts_with("the server has no export named \"disk\"; list"), "{unknown}");
+        assert!(tls.starts_with("the server wants TLS for export \"disk\", which"), "{tls}");
+        let (unknown, tls) = text("", "go away");
+        assert!(unknown.contains(" (it says: \"go away\"); list"), "{unknown}");
+        assert!(tls.starts_with("the server wants TLS for its default export, which"), "{tls}");
+    }
+
+    #[test]
+    fn a_wrong_greeting_is_shown_harmlessly() {
+        let text = ProtocolError::NotNbd { got: *b"\x1b[2J\xff\0\r\n" }.to_string();
+        assert!(!text.contains(char::is_control), "{text:?}");
+    }
 }

@@ -136,6 +136,17 @@ impl Source {
         tasks.push(spawn(watch_silence(self.shared.clone())));
     }
 
+    /// Closes all links for good.
+    pub fn hang_up(&self) {
+        self.tasks.borrow_mut().clear();
+        for slot in self.shared.slots.borrow_mut().iter_mut() {
+            if let Some(link) = slot.take() {
+                link.close();
+            }
+        }
+        self.shared.stats.inner.links.store(0, Ordering::Relaxed);
+    }
+
     /// Where it is.
     pub fn uri(&self) -> &Uri {
         &self.shared.uri

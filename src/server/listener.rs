@@ -1,13 +1,18 @@
 //! Taking clients in.
 
+use std::cell::RefCell;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
+use futures_util::FutureExt;
+use futures_util::future::select;
+use slab::Slab;
+
 use super::disk::Disk;
 use super::{MAX_CONNECTIONS, connection};
-use crate::uring::{Budget, Listener, sleep, spawn};
+use crate::uring::{Budget, Connection, Listener, Task, sleep, spawn};
 
 /// What went through a server, in bytes and clients.
 #[derive(Clone, Debug, Default)]
@@ -47,9 +52,39 @@ impl ServeStats {
     }
 }
 
-/// Serves `disk` to whoever connects, until the task is dropped.
-pub async fn serve<D: Disk>(listener: Listener, disk: Rc<D>, stats: ServeStats) {
-    let places = Budget::new(MAX_CONNECTIONS);
+/// A listener at work.
+pub struct Server {
+    accepting: Task<()>,
+    open: Rc<RefCell<Slab<Connection>>>,
+    places: Budget,
+}
+
+impl Server {
+    /// Serves `disk` to whoever connects, from now on.
+    pub fn start<D: Disk>(listener: Listener, disk: Rc<D>, stats: ServeStats) -> Self {
+        let open = Rc::new(RefCell::new(Slab::new()));
+        let places = Budget::new(MAX_CONNECTIONS);
+        let accepting = spawn(accept(listener, disk, stats, open.clone(), places.clone()));
+        Self { accepting, open, places }
+    }
+
+    /// Takes no more clients and no more requests, and gives those under way so long to end.
+    pub async fn stop(self, patience: Duration) {
+        self.accepting.cancel().await;
+        for (_, connection) in self.open.borrow().iter() {
+            connection.shutdown_receiving();
+        }
+        select(self.places.all_back().boxed_local(), sleep(patience).boxed_local()).await;
+    }
+}
+
+async fn accept<D: Disk>(
+    listener: Listener,
+    disk: Rc<D>,
+    stats: ServeStats,
+    open: Rc<RefCell<Slab<Connection>>>,
+    places: Budget,
+) {
     loop {
         let place = places.take(1).await;
         let connection = match listener.accept().await {
@@ -61,14 +96,16 @@ pub async fn serve<D: Disk>(listener: Listener, disk: Rc<D>, stats: ServeStats) 
                 continue;
             }
         };
-        let (disk, stats) = (disk.clone(), stats.clone());
+        let (disk, stats, open) = (disk.clone(), stats.clone(), open.clone());
         let local = listener.local().to_owned();
         spawn(async move {
+            let key = open.borrow_mut().insert(connection.clone());
             stats.inner.clients.fetch_add(1, Ordering::Relaxed);
             if let Err(e) = connection::run(connection, disk, stats.clone()).await {
                 log::warn!("{local}: a client was dropped: {e}");
             }
             stats.inner.clients.fetch_sub(1, Ordering::Relaxed);
+            open.borrow_mut().remove(key);
             drop(place);
         })
         .detach();

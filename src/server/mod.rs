@@ -17,7 +17,7 @@ mod listener;
 mod replies;
 
 pub use disk::{Disk, DiskExtent};
-pub use listener::{ServeStats, serve};
+pub use listener::{ServeStats, Server};
 
 use std::time::Duration;
 

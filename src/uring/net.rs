@@ -246,6 +246,11 @@ impl Connection {
         (result.map(|n| n as usize), resource.parts)
     }
 
+    /// Ends the receiving direction: whoever reads sees the end of the stream, what is sent still goes out.
+    pub fn shutdown_receiving(&self) {
+        let _ = nix::sys::socket::shutdown(self.fd.as_raw_fd(), nix::sys::socket::Shutdown::Read);
+    }
+
     /// Ends both directions; what waits on the socket wakes up.
     pub fn shutdown(&self) {
         let _ = nix::sys::socket::shutdown(self.fd.as_raw_fd(), nix::sys::socket::Shutdown::Both);

@@ -43,7 +43,8 @@ impl World {
                 Ok(())
             }
             Action::HydrationWaits => {
-                let busy = self.tasks.iter().any(|t| !matches!(t.what, What::Hit(..) | What::Commit(_)));
+                let on_its_way = |t: &Task| matches!(t.what, What::Wire(_) | What::Query(_) | What::Store(..));
+                let busy = self.tasks.iter().any(|t| on_its_way(t) || t.is_guest_change());
                 ensure!(busy, "I10", "hydration waits for nothing: a block is lost in the table");
                 Ok(())
             }

@@ -1,0 +1,124 @@
+//! The commit thread: the one place that waits for the disk to say "durable".
+
+use std::io;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
+
+use super::core::Core;
+use crate::cache::{CacheState, Store};
+use crate::engine::{Errno, Event};
+
+/// Bits of merely fetched blocks are committed at this pace.
+const COMMIT_PERIOD: Duration = Duration::from_secs(1);
+
+/// What the commit thread is asked for.
+pub(crate) enum CommitRequest {
+    /// A commit, answered to the engine.
+    Commit,
+    /// The last one: commit, record how things stand, and end. The answer: is the cache left in order?
+    Stop(Sender<io::Result<()>>),
+}
+
+/// The running thread.
+pub struct CommitThread {
+    handle: JoinHandle<()>,
+}
+
+impl CommitThread {
+    /// Starts it; it owns the metadata from now on.
+    pub(crate) fn start(core: Arc<Core>, store: Store, requests: Receiver<CommitRequest>) -> io::Result<Self> {
+        if store.superblock().state == CacheState::Complete {
+            core.health.set_complete();
+        }
+        let run = move || Thread { core, store }.run(&requests);
+        Ok(Self { handle: std::thread::Builder::new().name("commit".into()).spawn(run)? })
+    }
+
+    /// Commits a last time and ends the thread. An error: the cache was not left in order.
+    pub fn stop(self, core: &Core) -> io::Result<()> {
+        let (sender, answer) = crossbeam::channel::bounded(1);
+        core.request_commit(CommitRequest::Stop(sender));
+        let result = answer.recv().unwrap_or_else(|_| Err(io::Error::other("the commit thread died")));
+        // It ends right after its answer.
+        let _ = self.handle.join();
+        result
+    }
+}
+
+struct Thread {
+    core: Arc<Core>,
+    store: Store,
+}
+
+impl Thread {
+    fn run(mut self, requests: &Receiver<CommitRequest>) {
+        loop {
+            match requests.recv_timeout(COMMIT_PERIOD) {
+                Ok(CommitRequest::Commit) => {
+                    let result = self.commit();
+                    self.core.apply(Event::Committed { result });
+                }
+                Ok(CommitRequest::Stop(answer)) => {
+                    // Whoever asked waits for this.
+                    let _ = answer.send(self.stop());
+                    return;
+                }
+                Err(RecvTimeoutError::Timeout) => {
+                    self.core.apply(Event::CommitDue);
+                    self.record_complete();
+                }
+                Err(RecvTimeoutError::Disconnected) => return,
+            }
+        }
+    }
+
+    fn commit(&mut self) -> Result<(), Errno> {
+        match self.store.commit(self.core.maps()) {
+            Ok(_) => {
+                self.core.counters.commits.fetch_add(1, Ordering::Relaxed);
+                Ok(())
+            }
+            Err(e) => {
+                self.fail(&format!("a commit failed: {e}"));
+                Err(Errno::from(&e))
+            }
+        }
+    }
+
+    fn fail(&self, reason: &str) {
+        log::error!("{reason}: the device stops for good; what was not flushed before may be lost");
+        self.core.health.set_failed(reason.into());
+        if let Err(e) = self.store.distrust_live_map() {
+            log::error!("the live map cannot be removed: {e}; remove it by hand before the cache is attached again");
+        }
+    }
+
+    /// Everything present and committed: says so on disk, once.
+    fn record_complete(&mut self) {
+        let (maps, health) = (self.core.maps(), &self.core.health);
+        if health.is_complete() || health.has_failed() || maps.absent_count() > 0 || maps.has_uncommitted() {
+            return;
+        }
+        match self.store.record_complete() {
+            Ok(()) => {
+                health.set_complete();
+                log::info!("complete: all blocks are here and committed, the source is no longer needed");
+                self.core.hydration.changed.notify(usize::MAX);
+            }
+            Err(e) => self.fail(&format!("the superblock cannot be written: {e}")),
+        }
+    }
+
+    fn stop(&mut self) -> io::Result<()> {
+        if let Some(reason) = self.core.health.failed() {
+            return Err(io::Error::other(reason));
+        }
+        self.store.commit(self.core.maps()).inspect_err(|e| self.fail(&format!("the last commit failed: {e}")))?;
+        self.record_complete();
+        self.store.record_clean()
+    }
+}

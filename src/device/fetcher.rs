@@ -1,0 +1,412 @@
+//! The fetch thread: everything that waits for the source, and the stores that follow.
+
+use std::cell::RefCell;
+use std::collections::HashMap;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use crossbeam::channel::Sender;
+use futures_channel::oneshot;
+use futures_util::FutureExt;
+use futures_util::future::select;
+
+use super::core::Core;
+use super::hydration::{HydrationState, Mode, Pacer};
+use super::verify::{VerifyRequest, verify};
+use crate::engine::{Action, BlockRun, ByteRange, Errno, Event, Extent, FetchId, Lane};
+use crate::nbd::Uri;
+use crate::remote::{DialError, FetchedData, Lost, Source, SourceEvents, SourceStats};
+use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, UringError, ZeroMode, sleep, spawn};
+
+/// Most bytes that one fetch asks for.
+pub(crate) const MAX_FETCH_BYTES: u64 = 1 << 20;
+/// Bytes that hydration may have in flight, on the wire or on their way into the cache.
+const BULK_WINDOW_BYTES: usize = 24 << 20;
+/// Bytes that demand may have in flight.
+const DEMAND_WINDOW_BYTES: usize = 64 << 20;
+/// Pause of hydration after a failure, before it tries again.
+const RETRY_PAUSE: Duration = Duration::from_secs(2);
+
+/// Work for the fetch thread.
+pub(crate) enum FetchRequest {
+    /// The device exists now: begin.
+    Begin { core: Arc<Core>, cache: FileIo },
+    Fetch { fetch: FetchId, run: BlockRun, lane: Lane },
+    Store { fetch: FetchId, run: BlockRun },
+    Release { fetch: FetchId },
+    Extents { range: ByteRange, answer: oneshot::Sender<Vec<Extent>> },
+    Verify(VerifyRequest),
+    Stop,
+}
+
+/// What the source said when it was opened.
+#[derive(Clone, Debug)]
+pub struct SourceHello {
+    /// Size of the disk in bytes.
+    pub size_bytes: u64,
+    /// What its contents are known by.
+    pub identity: String,
+    /// Does it tell holes?
+    pub tells_extents: bool,
+    /// Largest and smallest read that it takes, in bytes.
+    pub max_read_bytes: u64,
+    /// Smallest unit of a read, in bytes.
+    pub min_read_bytes: u64,
+    /// Its counters.
+    pub stats: SourceStats,
+}
+
+/// Why the fetch thread did not come up.
+#[derive(Debug, thiserror::Error)]
+pub enum FetchThreadError {
+    /// No ring.
+    #[error(transparent)]
+    Uring(#[from] UringError),
+    /// No source.
+    #[error(transparent)]
+    Dial(#[from] DialError),
+    /// No thread.
+    #[error("cannot start the fetch thread: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// The running thread.
+pub struct FetchThread {
+    handle: JoinHandle<()>,
+    mailbox: Mailbox<FetchRequest>,
+}
+
+impl FetchThread {
+    /// Starts the thread and connects to the source. Without one (a complete cache) it only verifies.
+    pub fn start(source: Option<Uri>) -> Result<(Self, Option<SourceHello>), FetchThreadError> {
+        let mailbox = Mailbox::default();
+        let requests = mailbox.clone();
+        let (said, hello) = crossbeam::channel::bounded(1);
+        let run = move || {
+            let reactor = match Reactor::new() {
+                Ok(reactor) => reactor,
+                Err(e) => return drop(said.send(Err(e.into()))),
+            };
+            if let Err(e) = reactor.block_on(fetch_main(source, requests, said)) {
+                log::error!("the fetch thread's ring broke: {e}");
+                std::process::abort();
+            }
+        };
+        let handle = std::thread::Builder::new().name("fetch".into()).spawn(run)?;
+        let hello = hello.recv().unwrap_or_else(|_| Err(io::Error::other("it ended at once").into()))?;
+        Ok((Self { handle, mailbox }, hello))
+    }
+
+    pub(crate) fn mailbox(&self) -> Mailbox<FetchRequest> {
+        self.mailbox.clone()
+    }
+
+    /// Ends the thread. Stores in flight are finished or were never said to be done.
+    pub fn stop(self) {
+        self.mailbox.send(FetchRequest::Stop);
+        // A panic there was reported there.
+        let _ = self.handle.join();
+    }
+}
+
+type Said = Sender<Result<Option<SourceHello>, FetchThreadError>>;
+
+async fn fetch_main(uri: Option<Uri>, requests: Mailbox<FetchRequest>, said: Said) {
+    let source = match uri {
+        None => None,
+        Some(uri) => match Source::open(uri).await {
+            Ok(source) => Some(source),
+            Err(e) => return drop(said.send(Err(e.into()))),
+        },
+    };
+    let hello = source.as_ref().map(|source| SourceHello {
+        size_bytes: source.size_bytes(),
+        identity: source.identity().to_owned(),
+        tells_extents: source.tells_extents(),
+        max_read_bytes: source.max_read_bytes(),
+        min_read_bytes: source.min_read_bytes(),
+        stats: source.stats().clone(),
+    });
+    if said.send(Ok(hello)).is_err() {
+        return;
+    }
+    loop {
+        match requests.recv().await {
+            FetchRequest::Begin { core, cache } => {
+                return Fetcher::new(core, cache, source).run(requests).await;
+            }
+            FetchRequest::Stop => return,
+            _ => unreachable!("nothing is asked before the device exists"),
+        }
+    }
+}
+
+/// What the shell keeps of a fetch until the engine releases it.
+struct Held {
+    data: Option<FetchedData>,
+    /// Its part of the buffers; goes back with the entry.
+    _share: Lent,
+}
+
+struct Fetcher {
+    core: Arc<Core>,
+    cache: FileIo,
+    source: RefCell<Option<Rc<Source>>>,
+    held: RefCell<HashMap<FetchId, Held>>,
+    demand: Budget,
+    bulk: Budget,
+    /// Rung when a fetch ended or extents came: hydration may have something to do again.
+    progress: event_listener::Event,
+    /// Why hydration should pause, if it should.
+    trouble: RefCell<Option<String>>,
+}
+
+struct Reporter {
+    core: Arc<Core>,
+}
+
+impl SourceEvents for Reporter {
+    fn lost(&self, lost: Lost) {
+        if self.core.health.lost().is_none_or(|(_, reason)| reason != lost.reason) {
+            log::warn!("source lost: {}; waiting for it", lost.reason);
+        }
+        self.core.health.set_lost(lost.reason);
+    }
+
+    fn found(&self) {
+        log::info!("source is back");
+        self.core.health.set_found();
+    }
+}
+
+impl Fetcher {
+    fn new(core: Arc<Core>, cache: FileIo, source: Option<Source>) -> Rc<Self> {
+        if let Some(source) = &source {
+            source.keep_up(Rc::new(Reporter { core: core.clone() }));
+        }
+        Rc::new(Self {
+            core,
+            cache,
+            source: RefCell::new(source.map(Rc::new)),
+            held: RefCell::default(),
+            demand: Budget::new(DEMAND_WINDOW_BYTES),
+            bulk: Budget::new(BULK_WINDOW_BYTES),
+            progress: event_listener::Event::new(),
+            trouble: RefCell::default(),
+        })
+    }
+
+    async fn run(self: Rc<Self>, requests: Mailbox<FetchRequest>) {
+        let _hydration = spawn(self.clone().hydrate());
+        loop {
+            match requests.recv().await {
+                FetchRequest::Stop => return,
+                FetchRequest::Begin { .. } => unreachable!("a device begins once"),
+                FetchRequest::Fetch { fetch, run, lane } => self.start_fetch(fetch, run, lane, None),
+                FetchRequest::Store { fetch, run } => self.start_store(fetch, run),
+                FetchRequest::Release { fetch } => self.release(fetch),
+                FetchRequest::Extents { range, answer } => {
+                    let this = self.clone();
+                    spawn(async move {
+                        // Whoever asked may have gone away.
+                        let _ = answer.send(this.extents(range, Lane::Demand).await);
+                    })
+                    .detach();
+                }
+                FetchRequest::Verify(request) => {
+                    spawn(verify(self.core.clone(), self.cache.clone(), request)).detach();
+                }
+            }
+        }
+    }
+
+    fn source(&self) -> Option<Rc<Source>> {
+        self.source.borrow().clone()
+    }
+
+    async fn extents(&self, range: ByteRange, lane: Lane) -> Vec<Extent> {
+        match self.source() {
+            Some(source) => source.extents(range, lane).await,
+            None => Vec::new(),
+        }
+    }
+
+    // ---- fetch, store, release ---------------------------------------------------------------------
+
+    fn start_fetch(self: &Rc<Self>, fetch: FetchId, run: BlockRun, lane: Lane, share: Option<Lent>) {
+        let this = self.clone();
+        let range = self.core.geometry().bytes_of(run);
+        spawn(async move {
+            let share = match share {
+                Some(share) => share,
+                None => this.demand.take(range.len() as usize).await,
+            };
+            this.held.borrow_mut().insert(fetch, Held { data: None, _share: share });
+            let result = match this.source() {
+                Some(source) => source.read(range, lane).await,
+                None => Err(Errno::EIO),
+            };
+            let mut actions = Vec::new();
+            match result {
+                Ok(data) => {
+                    if let Some(held) = this.held.borrow_mut().get_mut(&fetch) {
+                        held.data = Some(data.clone());
+                    }
+                    this.core.apply_into(Event::Fetched { fetch, result: Ok(()) }, &mut actions);
+                    this.core.route(actions, Some(&data));
+                }
+                Err(errno) => {
+                    let reason = format!("the source cannot read {} bytes at {}: {errno}", range.len(), range.start);
+                    log::warn!("{reason}");
+                    if lane == Lane::Bulk {
+                        *this.trouble.borrow_mut() = Some(reason);
+                    }
+                    this.core.apply_into(Event::Fetched { fetch, result: Err(errno) }, &mut actions);
+                    this.core.route(actions, None);
+                }
+            }
+        })
+        .detach();
+    }
+
+    fn start_store(self: &Rc<Self>, fetch: FetchId, run: BlockRun) {
+        let range = self.core.geometry().bytes_of(run);
+        let held = self.held.borrow();
+        let data = held.get(&fetch).and_then(|held| held.data.as_ref());
+        let pieces = data.expect("data is held until its fetch is released").pieces(range);
+        drop(held);
+        let this = self.clone();
+        spawn(async move {
+            let mut at = range.start;
+            let mut result = Ok(());
+            for piece in pieces {
+                let len = piece.len() as u64;
+                result = match piece {
+                    Part::Zeros(_) => this.cache.zero_at(at, len, ZeroMode::Punch, false).await,
+                    data => this.cache.write_all_at(data, at, false).await,
+                };
+                if result.is_err() {
+                    break;
+                }
+                at += len;
+            }
+            this.stored(fetch, run, result);
+        })
+        .detach();
+    }
+
+    fn start_store_zero(self: &Rc<Self>, fetch: FetchId, run: BlockRun, share: Lent) {
+        let range = self.core.geometry().bytes_of(run);
+        self.held.borrow_mut().insert(fetch, Held { data: None, _share: share });
+        let this = self.clone();
+        spawn(async move {
+            // Also where nothing was ever written: a store that a crash cut off may have left something.
+            let result = this.cache.zero_at(range.start, range.len(), ZeroMode::Punch, false).await;
+            this.stored(fetch, run, result);
+        })
+        .detach();
+    }
+
+    fn stored(&self, fetch: FetchId, run: BlockRun, result: io::Result<()>) {
+        if let Err(e) = &result {
+            let reason = format!("cache: cannot store what was fetched: {e}");
+            log::warn!("{reason}");
+            *self.trouble.borrow_mut() = Some(reason);
+        }
+        let result = result.map_err(|e| Errno::from(&e));
+        self.core.apply(Event::Stored { fetch, run, result });
+    }
+
+    fn release(&self, fetch: FetchId) {
+        self.held.borrow_mut().remove(&fetch);
+        self.progress.notify(usize::MAX);
+    }
+
+    // ---- hydration ---------------------------------------------------------------------------------
+
+    async fn hydrate(self: Rc<Self>) {
+        let mut pacer = Pacer::new(Instant::now());
+        let hydration = &self.core.hydration;
+        loop {
+            let changed = hydration.changed.listen();
+            if self.core.health.is_complete() {
+                hydration.set_state(HydrationState::Done);
+                self.hang_up();
+                return;
+            }
+            let mode = hydration.mode();
+            if mode == Mode::Off {
+                hydration.set_state(HydrationState::Off);
+                changed.await;
+                continue;
+            }
+            if self.core.health.has_failed() {
+                hydration.set_state(HydrationState::Paused("the device has stopped".into()));
+                changed.await;
+                continue;
+            }
+            let trouble = self.trouble.borrow_mut().take();
+            if let Some(reason) = trouble {
+                hydration.set_state(HydrationState::Paused(reason));
+                sleep(RETRY_PAUSE).await;
+                continue;
+            }
+            let share = self.bulk.take(MAX_FETCH_BYTES as usize).await;
+            if hydration.mode() != mode {
+                continue;
+            }
+            hydration.set_state(HydrationState::Running);
+            self.hydrate_step(share, mode, &mut pacer).await;
+        }
+    }
+
+    /// Starts one fetch (or waits until there is one to start), and keeps to the rate.
+    async fn hydrate_step(self: &Rc<Self>, share: Lent, mode: Mode, pacer: &mut Pacer) {
+        let progress = self.progress.listen();
+        let mut actions = Vec::new();
+        self.core.apply_into(Event::Hydrate, &mut actions);
+        debug_assert!(actions.len() <= 1, "one step, one action");
+        match actions.pop() {
+            Some(Action::Fetch { fetch, run, lane }) => {
+                let bytes = self.core.geometry().bytes_of(run).len();
+                self.start_fetch(fetch, run, lane, Some(share));
+                if let Mode::Rate(rate) = mode {
+                    let wait = pacer.spend(Instant::now(), rate, bytes);
+                    let changed = self.core.hydration.changed.listen();
+                    select(sleep(wait).boxed_local(), changed).await;
+                }
+            }
+            Some(Action::StoreZero { fetch, run }) => self.start_store_zero(fetch, run, share),
+            Some(Action::QueryExtents { run }) => {
+                drop(share);
+                let extents = self.extents(self.core.geometry().bytes_of(run), Lane::Bulk).await;
+                self.core.apply(Event::Extents { extents });
+            }
+            Some(Action::HydrationWaits) => {
+                drop(share);
+                select(progress, sleep(RETRY_PAUSE).boxed_local()).await;
+            }
+            Some(Action::HydrationDone) => {
+                drop(share);
+                self.core.hydration.set_state(HydrationState::Done);
+                // The commit thread records completion, and rings.
+                let changed = self.core.hydration.changed.listen();
+                if !self.core.health.is_complete() {
+                    select(changed, sleep(RETRY_PAUSE).boxed_local()).await;
+                }
+            }
+            other => unreachable!("hydration is answered with a step, not {other:?}"),
+        }
+    }
+
+    /// The source is no longer needed: close its connections, so that it may be switched off unnoticed.
+    fn hang_up(&self) {
+        if let Some(source) = self.source.borrow_mut().take() {
+            source.hang_up();
+            self.core.health.set_found();
+        }
+    }
+}

@@ -1,0 +1,28 @@
+//! The shell around the engine: carries out its actions, on threads that wait only in their rings.
+//!
+//! ```text
+//!   frontend thread(s)          any thread                fetch thread              commit thread
+//!   ┌──────────────┐   Submit  ┌───────────┐   Fetch     ┌──────────────┐
+//!   │ Queue        ├──────────►│ Core      ├────────────►│ Fetcher      │◄──► source
+//!   │  hits: cache │◄──────────┤  engine   │◄────────────┤  stores ─────┼──► cache
+//!   │  directly    │ ReadLocal,│  (short   │   Fetched,  │  hydration   │
+//!   └──────────────┘ Deliver,… │   lock)   │   Stored    └──────────────┘
+//!                              └─────┬─────┘──── Commit ───────────────────►  cache::Store
+//! ```
+//!
+//! Invariants: the engine's lock is never held across I/O; a request whose blocks are all present never
+//! takes it; every action of the engine is answered exactly once.
+
+mod committer;
+mod core;
+mod fetcher;
+mod hydration;
+mod queue;
+mod verify;
+
+pub use committer::CommitThread;
+pub use core::{Core, Counters, Health};
+pub use fetcher::{FetchThread, FetchThreadError, SourceHello};
+pub use hydration::{Hydration, HydrationState, Mode, ModeError};
+pub use queue::Queue;
+pub use verify::{VerifyProgress, VerifyReport};

@@ -1,0 +1,167 @@
+//! The device as an NBD export, read-write, on a unix socket.
+
+use std::io;
+use std::path::PathBuf;
+use std::rc::Rc;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use crossbeam::channel::Sender;
+
+use crate::device::{Core, Queue};
+use crate::engine::{ByteRange, Errno};
+use crate::nbd::{DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, TransmissionFlags};
+use crate::server::{Disk, DiskExtent, ServeStats, Server};
+use crate::uring::{BindError, FileIo, Listener, Mailbox, Part, Reactor, UringError, spawn};
+
+/// How long requests under way may take when the daemon stops; those that wait for a lost source are let go.
+const STOP_PATIENCE: Duration = Duration::from_secs(3);
+
+/// Why the frontend did not come up.
+#[derive(Debug, thiserror::Error)]
+pub enum FrontendError {
+    /// No ring.
+    #[error(transparent)]
+    Uring(#[from] UringError),
+    /// No socket.
+    #[error(transparent)]
+    Bind(#[from] BindError),
+    /// No thread.
+    #[error("cannot start the frontend thread: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// The running frontend.
+pub struct NbdFrontend {
+    handle: JoinHandle<()>,
+    stop: Mailbox<()>,
+    stats: ServeStats,
+}
+
+impl NbdFrontend {
+    /// Serves the device on `socket` under `name` (and as the default export), on queue 0. Listening when this returns.
+    pub fn start(
+        core: Arc<Core>,
+        cache: FileIo,
+        socket: PathBuf,
+        name: String,
+        fast_zero: bool,
+    ) -> Result<Self, FrontendError> {
+        let stop = Mailbox::default();
+        let stats = ServeStats::default();
+        let (said, ready) = crossbeam::channel::bounded(1);
+        let (stop_inside, stats_inside) = (stop.clone(), stats.clone());
+        let run = move || {
+            let reactor = match Reactor::new() {
+                Ok(reactor) => reactor,
+                Err(e) => return drop(said.send(Err(e.into()))),
+            };
+            let main = frontend_main(core, cache, socket, name, fast_zero, stats_inside, stop_inside, said);
+            if let Err(e) = reactor.block_on(main) {
+                log::error!("the frontend's ring broke: {e}");
+                std::process::abort();
+            }
+        };
+        let handle = std::thread::Builder::new().name("nbd".into()).spawn(run)?;
+        ready.recv().unwrap_or_else(|_| Err(io::Error::other("it ended at once").into()))?;
+        Ok(Self { handle, stop, stats })
+    }
+
+    /// What went through it.
+    pub fn stats(&self) -> &ServeStats {
+        &self.stats
+    }
+
+    /// Finishes what is under way, if that takes no longer than a few seconds, and hangs up.
+    pub fn stop(self) {
+        self.stop.send(());
+        // A panic there was reported there.
+        let _ = self.handle.join();
+    }
+}
+
+#[allow(clippy::too_many_arguments)]
+async fn frontend_main(
+    core: Arc<Core>,
+    cache: FileIo,
+    socket: PathBuf,
+    name: String,
+    fast_zero: bool,
+    stats: ServeStats,
+    stop: Mailbox<()>,
+    said: Sender<Result<(), FrontendError>>,
+) {
+    let listener = match Listener::unix(&socket) {
+        Ok(listener) => listener,
+        Err(e) => return drop(said.send(Err(e.into()))),
+    };
+    let queue = Queue::new(core, 0, cache);
+    let _worker = spawn(queue.clone().run());
+    let server = Server::start(listener, Rc::new(DeviceDisk { queue, name, fast_zero }), stats);
+    if said.send(Ok(())).is_ok() {
+        stop.recv().await;
+    }
+    server.stop(STOP_PATIENCE).await;
+}
+
+struct DeviceDisk {
+    queue: Rc<Queue>,
+    name: String,
+    fast_zero: bool,
+}
+
+fn nbd_error(errno: Errno) -> NbdError {
+    NbdError::from_errno(errno.0)
+}
+
+impl Disk for DeviceDisk {
+    fn export(&self) -> ExportInfo {
+        let geometry = self.queue.core().geometry();
+        let mut flags = TransmissionFlags::HAS_FLAGS
+            | TransmissionFlags::SEND_FLUSH
+            | TransmissionFlags::SEND_FUA
+            | TransmissionFlags::SEND_TRIM
+            | TransmissionFlags::SEND_WRITE_ZEROES
+            | TransmissionFlags::SEND_DF
+            | TransmissionFlags::CAN_MULTI_CONN
+            | TransmissionFlags::SEND_CACHE;
+        flags.set(TransmissionFlags::SEND_FAST_ZERO, self.fast_zero);
+        ExportInfo {
+            description: Some("ferried by blkferry".into()),
+            min_block: 1,
+            preferred_block: geometry.block_bytes() as u32,
+            max_block: DEFAULT_MAX_PAYLOAD,
+            ..ExportInfo::new(self.name.clone(), geometry.size_bytes(), flags)
+        }
+    }
+
+    async fn read(&self, range: ByteRange) -> Result<Vec<Part>, NbdError> {
+        self.queue.read(range).await.map_err(nbd_error)
+    }
+
+    async fn write(&self, offset_bytes: u64, data: Vec<u8>, fua: bool) -> Result<(), NbdError> {
+        self.queue.write(offset_bytes, data, fua).await.map_err(nbd_error)
+    }
+
+    async fn zero(&self, range: ByteRange, fua: bool, keep: bool, fast_only: bool) -> Result<(), NbdError> {
+        self.queue.zero(range, fua, keep, fast_only).await.map_err(nbd_error)
+    }
+
+    async fn trim(&self, range: ByteRange, fua: bool) -> Result<(), NbdError> {
+        self.queue.trim(range, fua).await.map_err(nbd_error)
+    }
+
+    async fn flush(&self) -> Result<(), NbdError> {
+        self.queue.flush().await.map_err(nbd_error)
+    }
+
+    async fn prefetch(&self, range: ByteRange) -> Result<(), NbdError> {
+        self.queue.prefetch(range).await.map_err(nbd_error)
+    }
+
+    async fn extents(&self, range: ByteRange, max: usize) -> Result<Vec<DiskExtent>, NbdError> {
+        let extents = self.queue.extents(range, max).await;
+        Ok(extents.into_iter().map(|e| DiskExtent { len_bytes: e.len_bytes, hole: e.hole, zero: e.hole }).collect())
+    }
+}
