@@ -1,5 +1,8 @@
 //! blkferry.
 pub mod cache;
+pub mod cli;
+pub mod control;
+pub mod daemon;
 pub mod device;
 pub mod engine;
 pub mod export;

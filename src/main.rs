@@ -1,1 +1,13 @@
-fn main() {}
+//! The `blkferry` command: parse, call, exit code.
+
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    match blkferry::cli::run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("blkferry: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -30,7 +30,9 @@ mod tests {
 
     #[test]
     fn sizes_are_read_and_written() {
-        for (text, bytes) in [("0", 0), ("512", 512), ("64K", 65536), ("1MiB", 1 << 20), ("3g", 3 << 30), ("2TB", 2 << 40)] {
+        for (text, bytes) in
+            [("0", 0), ("512", 512), ("64K", 65536), ("1MiB", 1 << 20), ("3g", 3 << 30), ("2TB", 2 << 40)]
+        {
             assert_eq!(parse_size(text), Ok(bytes));
             assert_eq!(parse_size(&format_size(bytes)), Ok(bytes));
         }

@@ -47,7 +47,9 @@ pub enum CacheError {
         needed: u64,
     },
     /// A file with contents that no metadata explains.
-    #[error("cache {path} has contents but no metadata at {metadata}: it is not a blkferry cache; remove it or name another file")]
+    #[error(
+        "cache {path} has contents but no metadata at {metadata}: it is not a blkferry cache; remove it or name another file"
+    )]
     NotOurs {
         /// The file.
         path: PathBuf,
@@ -137,7 +139,13 @@ fn lock(file: &File, path: &Path) -> Result<(), CacheError> {
     let started = Instant::now();
     for (start, len) in LOCK_BYTES {
         let whence = libc::SEEK_SET as libc::c_short;
-        let lock = libc::flock { l_type: libc::F_WRLCK as libc::c_short, l_whence: whence, l_start: start, l_len: len, l_pid: 0 };
+        let lock = libc::flock {
+            l_type: libc::F_WRLCK as libc::c_short,
+            l_whence: whence,
+            l_start: start,
+            l_len: len,
+            l_pid: 0,
+        };
         loop {
             match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)) {
                 Ok(_) => break,

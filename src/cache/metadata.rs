@@ -33,7 +33,9 @@ pub enum MetadataError {
     #[error("metadata {0}: this is not a blkferry metadata file; name the right one with --metadata")]
     NotMetadata(PathBuf),
     /// Written by a later blkferry.
-    #[error("metadata {path}: format version {found} is newer than this program's {FORMAT_VERSION}; use the blkferry that wrote it")]
+    #[error(
+        "metadata {path}: format version {found} is newer than this program's {FORMAT_VERSION}; use the blkferry that wrote it"
+    )]
     Newer {
         /// The file.
         path: PathBuf,

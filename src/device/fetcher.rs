@@ -15,14 +15,14 @@ use futures_util::future::select;
 
 use super::core::Core;
 use super::hydration::{HydrationState, Mode, Pacer};
-use super::verify::{VerifyRequest, verify};
+use super::verify::{Verifier, VerifyRequest, verify};
 use crate::engine::{Action, BlockRun, ByteRange, Errno, Event, Extent, FetchId, Lane};
 use crate::nbd::Uri;
 use crate::remote::{DialError, FetchedData, Lost, Source, SourceEvents, SourceStats};
 use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, UringError, ZeroMode, sleep, spawn};
 
 /// Most bytes that one fetch asks for.
-pub(crate) const MAX_FETCH_BYTES: u64 = 1 << 20;
+pub const MAX_FETCH_BYTES: u64 = 1 << 20;
 /// Bytes that hydration may have in flight, on the wire or on their way into the cache.
 const BULK_WINDOW_BYTES: usize = 24 << 20;
 /// Bytes that demand may have in flight.
@@ -33,11 +33,26 @@ const RETRY_PAUSE: Duration = Duration::from_secs(2);
 /// Work for the fetch thread.
 pub(crate) enum FetchRequest {
     /// The device exists now: begin.
-    Begin { core: Arc<Core>, cache: FileIo },
-    Fetch { fetch: FetchId, run: BlockRun, lane: Lane },
-    Store { fetch: FetchId, run: BlockRun },
-    Release { fetch: FetchId },
-    Extents { range: ByteRange, answer: oneshot::Sender<Vec<Extent>> },
+    Begin {
+        core: Arc<Core>,
+        cache: FileIo,
+    },
+    Fetch {
+        fetch: FetchId,
+        run: BlockRun,
+        lane: Lane,
+    },
+    Store {
+        fetch: FetchId,
+        run: BlockRun,
+    },
+    Release {
+        fetch: FetchId,
+    },
+    Extents {
+        range: ByteRange,
+        answer: oneshot::Sender<Vec<Extent>>,
+    },
     Verify(VerifyRequest),
     Stop,
 }
@@ -102,6 +117,16 @@ impl FetchThread {
 
     pub(crate) fn mailbox(&self) -> Mailbox<FetchRequest> {
         self.mailbox.clone()
+    }
+
+    /// Puts the thread to work for a device.
+    pub fn begin(&self, core: Arc<Core>, cache: FileIo) {
+        self.mailbox.send(FetchRequest::Begin { core, cache });
+    }
+
+    /// What compares the cache with the source.
+    pub fn verifier(&self) -> Verifier {
+        Verifier::new(self.mailbox.clone())
     }
 
     /// Ends the thread. Stores in flight are finished or were never said to be done.

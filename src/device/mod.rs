@@ -22,7 +22,7 @@ mod verify;
 
 pub use committer::CommitThread;
 pub use core::{Core, Counters, Health};
-pub use fetcher::{FetchThread, FetchThreadError, SourceHello};
+pub use fetcher::{FetchThread, FetchThreadError, MAX_FETCH_BYTES, SourceHello};
 pub use hydration::{Hydration, HydrationState, Mode, ModeError};
 pub use queue::Queue;
-pub use verify::{VerifyProgress, VerifyReport};
+pub use verify::{Verifier, VerifyProgress, VerifyReport};

@@ -93,13 +93,7 @@ impl Queue {
     }
 
     /// Makes a range read as zeros.
-    pub async fn zero(
-        &self,
-        range: ByteRange,
-        fua: bool,
-        keep_allocated: bool,
-        fast_only: bool,
-    ) -> Result<(), Errno> {
+    pub async fn zero(&self, range: ByteRange, fua: bool, keep_allocated: bool, fast_only: bool) -> Result<(), Errno> {
         self.core.counters.writes.fetch_add(1, Ordering::Relaxed);
         if !self.core.is_hit(range) {
             return self.submit(OpKind::Zero { fua, keep_allocated, fast_only }, range, Vec::new()).await.0;

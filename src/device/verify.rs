@@ -5,16 +5,18 @@
 //! starts, so a difference counts only if the bit is still clear after both sides were read.
 
 use std::sync::Arc;
+use std::time::Duration;
 
-use crossbeam::channel::Sender;
+use crossbeam::channel::{Sender, TrySendError};
 use serde::{Deserialize, Serialize};
 
 use super::core::Core;
+use super::fetcher::FetchRequest;
 use crate::engine::{BlockRun, ByteRange, Lane};
-use crate::nbd::Uri;
+use crate::nbd::{Uri, UriError};
 use crate::remote::Source;
 use crate::server::HASH_PIECE_BYTES;
-use crate::uring::FileIo;
+use crate::uring::{FileIo, Mailbox, sleep};
 
 /// Bytes compared at a time.
 const STEP_BYTES: u64 = 4 << 20;
@@ -49,6 +51,42 @@ pub struct VerifyReport {
     pub method: String,
 }
 
+/// Runs verifications on the fetch thread.
+#[derive(Clone)]
+pub struct Verifier {
+    fetcher: Mailbox<FetchRequest>,
+}
+
+impl Verifier {
+    pub(super) fn new(fetcher: Mailbox<FetchRequest>) -> Self {
+        Self { fetcher }
+    }
+
+    /// Compares the cache with the source at `uri`, which must be known by `identity`. Blocks; `progress`
+    /// says whether to go on. An error is one clear line.
+    pub fn run(
+        &self,
+        uri: &str,
+        identity: &str,
+        progress: &mut dyn FnMut(VerifyProgress) -> bool,
+    ) -> Result<VerifyReport, String> {
+        let uri = uri.parse().map_err(|e: UriError| e.to_string())?;
+        let (answer, messages) = crossbeam::channel::bounded(4);
+        self.fetcher.send(FetchRequest::Verify(VerifyRequest { uri, identity: identity.into(), answer }));
+        for message in messages {
+            match message {
+                VerifyMessage::Done(result) => return result,
+                VerifyMessage::Progress(now) => {
+                    if !progress(now) {
+                        return Err("cancelled".into());
+                    }
+                }
+            }
+        }
+        Err("the device is stopping".into())
+    }
+}
+
 /// What comes out of a verification, in order.
 pub(crate) enum VerifyMessage {
     Progress(VerifyProgress),
@@ -63,16 +101,22 @@ pub(crate) struct VerifyRequest {
 }
 
 pub(super) async fn verify(core: Arc<Core>, cache: FileIo, request: VerifyRequest) {
-    let result = compare(&core, &cache, &request).await;
-    // Whoever asked may have gone away.
-    let _ = request.answer.send(VerifyMessage::Done(result));
+    let mut done = VerifyMessage::Done(compare(&core, &cache, &request).await);
+    // Room comes when the display has caught up; whoever asked may also have gone away.
+    while let Err(TrySendError::Full(back)) = request.answer.try_send(done) {
+        done = back;
+        sleep(Duration::from_millis(10)).await;
+    }
 }
 
 async fn compare(core: &Core, cache: &FileIo, request: &VerifyRequest) -> Result<VerifyReport, String> {
     let source = Source::open(request.uri.clone()).await.map_err(|e| e.to_string())?;
     if source.identity() != request.identity {
         let (now, then) = (source.identity(), &request.identity);
-        return Err(format!("source {}: it is not the disk that this cache belongs to ({now}, not {then})", request.uri));
+        return Err(format!(
+            "source {}: it is not the disk that this cache belongs to ({now}, not {then})",
+            request.uri
+        ));
     }
     let by_hash = source.hashes_blocks();
     let method = if by_hash { "hash" } else { "data" };
@@ -83,7 +127,8 @@ async fn compare(core: &Core, cache: &FileIo, request: &VerifyRequest) -> Result
         let range = ByteRange { start, end: total_bytes.min(start + step) };
         compare_step(core, cache, &source, by_hash, range, &mut report).await?;
         let progress = VerifyProgress { done_bytes: range.end, total_bytes };
-        if request.answer.send(VerifyMessage::Progress(progress)).is_err() {
+        // Never blocks the ring: a display that is behind misses a step.
+        if let Err(TrySendError::Disconnected(_)) = request.answer.try_send(VerifyMessage::Progress(progress)) {
             return Err("cancelled".into());
         }
     }
@@ -166,9 +211,10 @@ impl Theirs {
         let piece = HASH_PIECE_BYTES as usize;
         match self {
             Self::Data(bytes) => bytes[at] == *ours,
-            Self::Hashes(hashes) => {
-                ours.chunks(piece).zip(&hashes[at.start / piece..]).all(|(ours, hash)| blake3::hash(ours).as_bytes() == hash)
-            }
+            Self::Hashes(hashes) => ours
+                .chunks(piece)
+                .zip(&hashes[at.start / piece..])
+                .all(|(ours, hash)| blake3::hash(ours).as_bytes() == hash),
         }
     }
 }

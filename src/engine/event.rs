@@ -69,10 +69,7 @@ impl OpKind {
     }
 
     pub(super) fn wants_fua(self) -> bool {
-        matches!(
-            self,
-            Self::Write { fua: true } | Self::Zero { fua: true, .. } | Self::Trim { fua: true }
-        )
+        matches!(self, Self::Write { fua: true } | Self::Zero { fua: true, .. } | Self::Trim { fua: true })
     }
 }
 

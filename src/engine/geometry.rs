@@ -22,10 +22,7 @@ pub struct ByteRange {
 impl ByteRange {
     /// `len_bytes` bytes from `start`.
     pub fn new(start: u64, len_bytes: u64) -> Self {
-        Self {
-            start,
-            end: start + len_bytes,
-        }
+        Self { start, end: start + len_bytes }
     }
 
     /// Length in bytes.
@@ -41,10 +38,7 @@ impl ByteRange {
     /// What both have in common (empty if nothing).
     pub fn clip(self, other: Self) -> Self {
         let start = self.start.max(other.start);
-        Self {
-            start,
-            end: self.end.min(other.end).max(start),
-        }
+        Self { start, end: self.end.min(other.end).max(start) }
     }
 }
 
@@ -60,10 +54,7 @@ pub struct BlockRun {
 impl BlockRun {
     /// Blocks `start..end`.
     pub fn new(start: u64, end: u64) -> Self {
-        Self {
-            start,
-            end: end.max(start),
-        }
+        Self { start, end: end.max(start) }
     }
 
     /// Number of blocks.
@@ -88,9 +79,7 @@ impl BlockRun {
 
     /// Cuts the run into pieces of at most `max` blocks.
     pub fn pieces(self, max: NonZeroU64) -> impl Iterator<Item = Self> {
-        (self.start..self.end)
-            .step_by(max.get() as usize)
-            .map(move |at| Self::new(at, self.end.min(at + max.get())))
+        (self.start..self.end).step_by(max.get() as usize).map(move |at| Self::new(at, self.end.min(at + max.get())))
     }
 }
 
@@ -135,10 +124,7 @@ impl Geometry {
             0 => Err(GeometryError::Empty),
             odd if odd % SECTOR_BYTES != 0 => Err(GeometryError::OddSize(odd)),
             large if large > i64::MAX as u64 => Err(GeometryError::TooLarge(large)),
-            _ => Ok(Self {
-                size_bytes,
-                block_shift: block_bytes.trailing_zeros(),
-            }),
+            _ => Ok(Self { size_bytes, block_shift: block_bytes.trailing_zeros() }),
         }
     }
 
@@ -178,20 +164,13 @@ impl Geometry {
     /// The blocks that lie in a range whole. A range up to the end of the device holds its short last block.
     pub fn inside(self, range: ByteRange) -> BlockRun {
         let start = range.start.div_ceil(self.block_bytes());
-        let end = if range.end >= self.size_bytes {
-            self.blocks()
-        } else {
-            self.block_of(range.end)
-        };
+        let end = if range.end >= self.size_bytes { self.blocks() } else { self.block_of(range.end) };
         BlockRun::new(start, end)
     }
 
     /// The bytes of a run of blocks, cut at the end of the device.
     pub fn bytes_of(self, run: BlockRun) -> ByteRange {
-        ByteRange {
-            start: run.start << self.block_shift,
-            end: (run.end << self.block_shift).min(self.size_bytes),
-        }
+        ByteRange { start: run.start << self.block_shift, end: (run.end << self.block_shift).min(self.size_bytes) }
     }
 
     /// How many blocks fit into that many bytes, at least one.
@@ -208,48 +187,12 @@ mod tests {
     fn covering_inside_and_a_short_last_block() {
         let g = Geometry::new(3 * 4096 + 512, 4096).unwrap();
         assert_eq!(g.blocks(), 4);
-        assert_eq!(
-            g.covering(ByteRange {
-                start: 1,
-                end: 4097
-            }),
-            BlockRun::new(0, 2)
-        );
-        assert_eq!(
-            g.covering(ByteRange {
-                start: 4096,
-                end: 8192
-            }),
-            BlockRun::new(1, 2)
-        );
-        assert_eq!(
-            g.inside(ByteRange {
-                start: 1,
-                end: 8191
-            }),
-            BlockRun::new(1, 1)
-        );
-        assert_eq!(
-            g.inside(ByteRange {
-                start: 1,
-                end: 3 * 4096 + 512
-            }),
-            BlockRun::new(1, 4)
-        );
-        assert_eq!(
-            g.inside(ByteRange {
-                start: 3 * 4096,
-                end: 3 * 4096 + 511
-            }),
-            BlockRun::new(3, 3)
-        );
-        assert_eq!(
-            g.bytes_of(BlockRun::new(3, 4)),
-            ByteRange {
-                start: 12288,
-                end: 12800
-            }
-        );
+        assert_eq!(g.covering(ByteRange { start: 1, end: 4097 }), BlockRun::new(0, 2));
+        assert_eq!(g.covering(ByteRange { start: 4096, end: 8192 }), BlockRun::new(1, 2));
+        assert_eq!(g.inside(ByteRange { start: 1, end: 8191 }), BlockRun::new(1, 1));
+        assert_eq!(g.inside(ByteRange { start: 1, end: 3 * 4096 + 512 }), BlockRun::new(1, 4));
+        assert_eq!(g.inside(ByteRange { start: 3 * 4096, end: 3 * 4096 + 511 }), BlockRun::new(3, 3));
+        assert_eq!(g.bytes_of(BlockRun::new(3, 4)), ByteRange { start: 12288, end: 12800 });
         assert!(g.covering(ByteRange::new(4096, 0)).is_empty());
     }
 
@@ -258,10 +201,7 @@ mod tests {
         assert_eq!(Geometry::new(4097, 4096), Err(GeometryError::OddSize(4097)));
         assert_eq!(Geometry::new(0, 4096), Err(GeometryError::Empty));
         for block in [0, 512, 4095, 6000, 2 << 20] {
-            assert_eq!(
-                Geometry::new(4096, block),
-                Err(GeometryError::BlockSize(block))
-            );
+            assert_eq!(Geometry::new(4096, block), Err(GeometryError::BlockSize(block)));
         }
     }
 }

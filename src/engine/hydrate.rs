@@ -50,12 +50,7 @@ pub(super) struct Planner {
 
 impl Planner {
     pub(super) fn new(extents_known: bool) -> Self {
-        Self {
-            cursor: 0,
-            extents_known,
-            extents: VecDeque::new(),
-            asked: None,
-        }
+        Self { cursor: 0, extents_known, extents: VecDeque::new(), asked: None }
     }
 
     pub(super) fn next(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Next {
@@ -86,23 +81,15 @@ impl Planner {
         let geometry = maps.geometry();
         let until = until.min(geometry.blocks());
         let (end, zero) = if self.extents_known {
-            while self
-                .extents
-                .front()
-                .is_some_and(|(run, _)| run.end <= start)
-            {
+            while self.extents.front().is_some_and(|(run, _)| run.end <= start) {
                 self.extents.pop_front();
             }
             match self.extents.front() {
                 Some((run, zero)) if run.contains(start) => (run.end.min(until), *zero),
                 _ if self.asked.is_some() => return Next::Wait,
                 _ => {
-                    let run = BlockRun::new(
-                        start,
-                        geometry
-                            .blocks()
-                            .min(start + geometry.blocks_in(QUERY_BYTES).get()),
-                    );
+                    let run =
+                        BlockRun::new(start, geometry.blocks().min(start + geometry.blocks_in(QUERY_BYTES).get()));
                     self.extents.clear();
                     self.asked = Some(run);
                     return Next::Query(run);
@@ -111,18 +98,10 @@ impl Planner {
         } else {
             (until, false)
         };
-        let end = if zero {
-            end
-        } else {
-            end.min(start + max_fetch.get())
-        };
+        let end = if zero { end } else { end.min(start + max_fetch.get()) };
         let run = BlockRun::new(start, maps.absent_until(start, end));
         self.cursor = run.end;
-        if zero {
-            Next::Zero(run)
-        } else {
-            Next::Fetch(run)
-        }
+        if zero { Next::Zero(run) } else { Next::Fetch(run) }
     }
 
     /// Takes the answer to the query. An empty one (the source could not say) counts as data.
@@ -138,11 +117,7 @@ impl Planner {
 }
 
 /// Extents in bytes → runs of blocks. Only a block that is zeros whole counts as zeros.
-fn to_blocks(
-    geometry: Geometry,
-    asked: BlockRun,
-    extents: &[Extent],
-) -> VecDeque<(BlockRun, bool)> {
+fn to_blocks(geometry: Geometry, asked: BlockRun, extents: &[Extent]) -> VecDeque<(BlockRun, bool)> {
     let bytes = geometry.bytes_of(asked);
     let mut runs = VecDeque::new();
     let mut done = asked.start;
@@ -150,11 +125,7 @@ fn to_blocks(
     let mut extents = extents.iter().peekable();
     let mut zeros_since = None;
     while let Some(extent) = extents.next() {
-        let start = if extent.zero {
-            *zeros_since.get_or_insert(at)
-        } else {
-            at
-        };
+        let start = if extent.zero { *zeros_since.get_or_insert(at) } else { at };
         at = at.saturating_add(extent.len_bytes).min(bytes.end);
         let more_zeros = extents.peek().is_some_and(|next| next.zero);
         if extent.zero && !more_zeros {
@@ -168,13 +139,7 @@ fn to_blocks(
         }
     }
     // What the answer covers only in part (the end of a short answer) is asked about again.
-    let covered = geometry
-        .inside(ByteRange {
-            start: bytes.start,
-            end: at,
-        })
-        .end
-        .clamp(done, asked.end);
+    let covered = geometry.inside(ByteRange { start: bytes.start, end: at }).end.clamp(done, asked.end);
     push(&mut runs, BlockRun::new(done, covered), false);
     runs
 }
@@ -199,22 +164,10 @@ mod tests {
         let runs = to_blocks(
             g,
             g.all(),
-            &[
-                extent(5000, false),
-                extent(4096, true),
-                extent(8192, true),
-                extent(1 << 40, false),
-            ],
+            &[extent(5000, false), extent(4096, true), extent(8192, true), extent(1 << 40, false)],
         );
         // Zeros from 5000 to 17288: blocks 2 and 3 are inside.
-        assert_eq!(
-            runs,
-            [
-                (BlockRun::new(0, 2), false),
-                (BlockRun::new(2, 4), true),
-                (BlockRun::new(4, 11), false)
-            ]
-        );
+        assert_eq!(runs, [(BlockRun::new(0, 2), false), (BlockRun::new(2, 4), true), (BlockRun::new(4, 11), false)]);
         let tail = to_blocks(g, BlockRun::new(8, 11), &[extent(1 << 40, true)]);
         assert_eq!(tail, [(BlockRun::new(8, 11), true)]);
     }
@@ -222,24 +175,15 @@ mod tests {
     #[test]
     fn a_short_answer_is_asked_about_again() {
         let g = Geometry::new(10 * 4096, 4096).unwrap();
-        assert_eq!(
-            to_blocks(g, g.all(), &[extent(4096 * 3 + 100, false)]),
-            [(BlockRun::new(0, 3), false)]
-        );
+        assert_eq!(to_blocks(g, g.all(), &[extent(4096 * 3 + 100, false)]), [(BlockRun::new(0, 3), false)]);
         // An answer of less than a block says nothing, and counts as data.
         let mut planner = Planner::new(true);
         let maps = Maps::in_memory(g);
         let max = g.blocks_in(4096 * 4);
-        assert_eq!(
-            planner.next(&maps, &Inflight::default(), max),
-            Next::Query(g.all())
-        );
+        assert_eq!(planner.next(&maps, &Inflight::default(), max), Next::Query(g.all()));
         assert_eq!(planner.next(&maps, &Inflight::default(), max), Next::Wait);
         planner.answer(g, &[extent(100, true)]);
-        assert_eq!(
-            planner.next(&maps, &Inflight::default(), max),
-            Next::Fetch(BlockRun::new(0, 4))
-        );
+        assert_eq!(planner.next(&maps, &Inflight::default(), max), Next::Fetch(BlockRun::new(0, 4)));
     }
 
     #[test]
@@ -248,28 +192,19 @@ mod tests {
         let maps = Maps::in_memory(g);
         let mut inflight = Inflight::default();
         maps.mark_present(BlockRun::new(0, 2));
-        inflight.give(
-            BlockRun::new(4, 6),
-            super::super::inflight::Owner::Wire(super::super::FetchId(1)),
-        );
+        inflight.give(BlockRun::new(4, 6), super::super::inflight::Owner::Wire(super::super::FetchId(1)));
         let mut planner = Planner::new(false);
         let max = g.blocks_in(4096 * 5);
         let mut seen = Vec::new();
         while let Next::Fetch(run) = planner.next(&maps, &inflight, max) {
             seen.push((run.start, run.end));
-            inflight.give(
-                run,
-                super::super::inflight::Owner::Wire(super::super::FetchId(2)),
-            );
+            inflight.give(run, super::super::inflight::Owner::Wire(super::super::FetchId(2)));
         }
         assert_eq!(seen, [(2, 4), (6, 11), (11, 12)]);
         assert_eq!(planner.next(&maps, &inflight, max), Next::Wait);
         // One fetch fails: its blocks come again.
         inflight.free(BlockRun::new(6, 11));
-        assert_eq!(
-            planner.next(&maps, &inflight, max),
-            Next::Fetch(BlockRun::new(6, 11))
-        );
+        assert_eq!(planner.next(&maps, &inflight, max), Next::Fetch(BlockRun::new(6, 11)));
         inflight.free(BlockRun::new(0, 12));
         maps.mark_present(g.all());
         assert_eq!(planner.next(&maps, &inflight, max), Next::Done);

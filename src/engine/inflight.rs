@@ -62,11 +62,7 @@ impl Inflight {
         {
             return (Some(span.owner), span.end);
         }
-        let next = self
-            .spans
-            .range(block..)
-            .next()
-            .map_or(u64::MAX, |(&start, _)| start);
+        let next = self.spans.range(block..).next().map_or(u64::MAX, |(&start, _)| start);
         (None, next)
     }
 
@@ -74,13 +70,7 @@ impl Inflight {
     pub fn give(&mut self, run: BlockRun, owner: Owner) {
         self.free(run);
         if !run.is_empty() {
-            self.spans.insert(
-                run.start,
-                Span {
-                    end: run.end,
-                    owner,
-                },
-            );
+            self.spans.insert(run.start, Span { end: run.end, owner });
         }
     }
 
@@ -92,13 +82,7 @@ impl Inflight {
         if let Some((&start, &span)) = self.spans.range(..run.start).next_back()
             && span.end > run.start
         {
-            self.spans.insert(
-                start,
-                Span {
-                    end: run.start,
-                    owner: span.owner,
-                },
-            );
+            self.spans.insert(start, Span { end: run.start, owner: span.owner });
             if span.end > run.end {
                 self.spans.insert(run.end, span);
             }
@@ -163,10 +147,7 @@ mod tests {
         let fetch = Owner::Wire(FetchId(1));
         table.give(BlockRun::new(10, 20), fetch);
         table.give(BlockRun::new(12, 14), Owner::Overwriting(IoId(7)));
-        assert_eq!(
-            table.owned(BlockRun::new(10, 20), fetch),
-            [BlockRun::new(10, 12), BlockRun::new(14, 20)]
-        );
+        assert_eq!(table.owned(BlockRun::new(10, 20), fetch), [BlockRun::new(10, 12), BlockRun::new(14, 20)]);
         table.free(BlockRun::new(0, 100));
         assert!(table.is_empty());
     }

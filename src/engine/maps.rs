@@ -44,11 +44,7 @@ pub struct PageImage {
 impl PageImage {
     /// A page with no bit set.
     pub fn empty(page: u64) -> Self {
-        Self {
-            page,
-            present: [0; PAGE_WORDS],
-            dirty: [0; PAGE_WORDS],
-        }
+        Self { page, present: [0; PAGE_WORDS], dirty: [0; PAGE_WORDS] }
     }
 }
 
@@ -75,11 +71,7 @@ fn zeroed(words: usize) -> Box<[AtomicU64]> {
 
 /// The words that a run of blocks touches, each with the mask of the run's bits in it.
 fn masks(run: BlockRun) -> impl Iterator<Item = (usize, u64)> {
-    let words = if run.is_empty() {
-        1..=0
-    } else {
-        run.start / 64..=(run.end - 1) / 64
-    };
+    let words = if run.is_empty() { 1..=0 } else { run.start / 64..=(run.end - 1) / 64 };
     let words: RangeInclusive<u64> = words;
     words.map(move |word| {
         let low = run.start.saturating_sub(word * 64);
@@ -108,40 +100,21 @@ impl Maps {
     /// All pages with a bit count as not yet committed.
     pub fn new(geometry: Geometry, words: Box<dyn Words>) -> Self {
         let map_words = Self::map_words(geometry);
-        assert_eq!(
-            words.words().len(),
-            2 * map_words,
-            "the words must fit the geometry"
-        );
+        assert_eq!(words.words().len(), 2 * map_words, "the words must fit the geometry");
         let flags = Self::pages(geometry).div_ceil(64) as usize;
-        let count = |words: &[AtomicU64]| {
-            words
-                .iter()
-                .map(|w| u64::from(w.load(Ordering::Relaxed).count_ones()))
-                .sum()
-        };
+        let count = |words: &[AtomicU64]| words.iter().map(|w| u64::from(w.load(Ordering::Relaxed).count_ones())).sum();
         let (present, dirty) = words.words().split_at(map_words);
         let present_count = AtomicU64::new(count(present));
         let dirty_count = AtomicU64::new(count(dirty));
         let changed = zeroed(flags);
-        for word in (0..map_words)
-            .filter(|&w| present[w].load(Ordering::Relaxed) | dirty[w].load(Ordering::Relaxed) != 0)
+        for word in
+            (0..map_words).filter(|&w| present[w].load(Ordering::Relaxed) | dirty[w].load(Ordering::Relaxed) != 0)
         {
             let page = word / PAGE_WORDS;
             changed[page / 64].fetch_or(1 << (page % 64), Ordering::Relaxed);
         }
         let committing = zeroed(flags);
-        Self {
-            inner: Arc::new(Inner {
-                geometry,
-                words,
-                map_words,
-                changed,
-                committing,
-                present_count,
-                dirty_count,
-            }),
-        }
+        Self { inner: Arc::new(Inner { geometry, words, map_words, changed, committing, present_count, dirty_count }) }
     }
 
     /// Empty maps in plain memory.
@@ -259,11 +232,7 @@ impl Maps {
 
     /// Is there a bit that no commit has taken?
     pub fn has_uncommitted(&self) -> bool {
-        self.inner
-            .changed
-            .iter()
-            .chain(&self.inner.committing)
-            .any(|w| w.load(Ordering::SeqCst) != 0)
+        self.inner.changed.iter().chain(&self.inner.committing).any(|w| w.load(Ordering::SeqCst) != 0)
     }
 
     /// Takes the set of changed pages for a commit and reads them. One commit at a time:
@@ -282,10 +251,7 @@ impl Maps {
 
     /// The pages that were taken are durable.
     pub fn committed(&self) {
-        self.inner
-            .committing
-            .iter()
-            .for_each(|word| word.store(0, Ordering::SeqCst));
+        self.inner.committing.iter().for_each(|word| word.store(0, Ordering::SeqCst));
     }
 
     /// The pages that were taken are not durable: they count as changed again.
@@ -360,15 +326,7 @@ mod tests {
         assert!(!maps.is_committed(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1)));
         assert!(maps.is_committed(BlockRun::new(0, PAGE_BLOCKS)));
         let taken = maps.take_changed();
-        assert_eq!(
-            (
-                taken.len(),
-                taken[0].page,
-                taken[0].present[0],
-                taken[0].dirty[0]
-            ),
-            (1, 1, 1, 1)
-        );
+        assert_eq!((taken.len(), taken[0].page, taken[0].present[0], taken[0].dirty[0]), (1, 1, 1, 1));
         // While the commit runs, the page is neither committed nor forgotten.
         assert!(!maps.is_committed(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1)));
         maps.commit_failed();
@@ -387,18 +345,10 @@ mod tests {
         old.mark_present(BlockRun::new(3, PAGE_BLOCKS + 2));
         old.mark_dirty(BlockRun::new(3, 4));
         let words = zeroed(Maps::words_needed(old.geometry()));
-        old.take_changed()
-            .iter()
-            .for_each(|page| load_page(&words, page));
+        old.take_changed().iter().for_each(|page| load_page(&words, page));
         let new = Maps::new(old.geometry(), Box::new(words));
-        assert_eq!(
-            (new.present_count(), new.dirty_count()),
-            (PAGE_BLOCKS - 1, 1)
-        );
-        assert!(
-            new.all_present(BlockRun::new(3, PAGE_BLOCKS + 2))
-                && new.any_dirty(BlockRun::new(0, 4))
-        );
+        assert_eq!((new.present_count(), new.dirty_count()), (PAGE_BLOCKS - 1, 1));
+        assert!(new.all_present(BlockRun::new(3, PAGE_BLOCKS + 2)) && new.any_dirty(BlockRun::new(0, 4)));
         assert!(new.has_uncommitted());
     }
 }

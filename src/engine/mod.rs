@@ -24,9 +24,7 @@ mod ops;
 mod state;
 
 pub use event::{Action, Errno, Event, Lane, OpId, OpKind};
-pub use geometry::{
-    BlockRun, ByteRange, Geometry, GeometryError, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES,
-};
+pub use geometry::{BlockRun, ByteRange, Geometry, GeometryError, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES};
 pub use hydrate::Extent;
 pub use inflight::{FetchId, IoId};
 pub use maps::{Maps, PAGE_BLOCKS, PAGE_WORDS, PageImage, Words, load_page};

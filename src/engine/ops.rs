@@ -46,15 +46,7 @@ impl Ops {
 
     /// Opens a request with one part, the whole of it.
     pub(super) fn open(&mut self, op: OpId, kind: OpKind) {
-        let old = self.open.insert(
-            op,
-            Op {
-                kind,
-                pending: 1,
-                error: None,
-                needs_commit: false,
-            },
-        );
+        let old = self.open.insert(op, Op { kind, pending: 1, error: None, needs_commit: false });
         assert!(old.is_none(), "{op:?} was submitted twice");
     }
 
@@ -84,8 +76,6 @@ impl Ops {
     }
 
     fn op(&mut self, op: OpId) -> &mut Op {
-        self.open
-            .get_mut(&op)
-            .expect("every part belongs to an open request")
+        self.open.get_mut(&op).expect("every part belongs to an open request")
     }
 }

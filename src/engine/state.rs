@@ -117,14 +117,8 @@ impl Engine {
             Event::Submit { op, kind, range } => self.submit(op, kind, range, out),
             Event::Flush { op } => self.flush(op, out),
             Event::LocalDone { io, result } => self.local_done(io, result, out),
-            Event::Fetched {
-                fetch,
-                result: Ok(()),
-            } => self.fetched(fetch, out),
-            Event::Fetched {
-                fetch,
-                result: Err(errno),
-            } => self.fetch_failed(fetch, errno, out),
+            Event::Fetched { fetch, result: Ok(()) } => self.fetched(fetch, out),
+            Event::Fetched { fetch, result: Err(errno) } => self.fetch_failed(fetch, errno, out),
             Event::Stored { fetch, run, result } => self.stored(fetch, run, result, out),
             Event::Hydrate => self.hydrate(out),
             Event::Extents { extents } => self.planner.answer(self.maps.geometry(), &extents),
@@ -147,10 +141,7 @@ impl Engine {
     fn submit(&mut self, op: OpId, kind: OpKind, range: ByteRange, out: &mut Vec<Action>) {
         debug_assert!(!range.is_empty() && range.end <= self.maps.geometry().size_bytes());
         if self.failed.is_some() {
-            out.push(Action::Complete {
-                op,
-                result: Err(Errno::EIO),
-            });
+            out.push(Action::Complete { op, result: Err(Errno::EIO) });
             return;
         }
         self.ops.open(op, kind);
@@ -159,18 +150,9 @@ impl Engine {
                 // Advisory: the parts of blocks at its ends stay as they are (NBD, "NBD_CMD_TRIM").
                 let geometry = self.maps.geometry();
                 let whole = geometry.bytes_of(geometry.inside(range));
-                self.start(
-                    Segment {
-                        op,
-                        kind,
-                        range: whole,
-                    },
-                    out,
-                );
+                self.start(Segment { op, kind, range: whole }, out);
             }
-            OpKind::Zero {
-                fast_only: true, ..
-            } if self.needs_the_source(range) => {
+            OpKind::Zero { fast_only: true, .. } if self.needs_the_source(range) => {
                 self.end_part(op, Err(Errno::ENOTSUP), out);
             }
             _ => self.start(Segment { op, kind, range }, out),
@@ -201,10 +183,7 @@ impl Engine {
                 (false, _) => until,
             };
             let run = BlockRun::new(at, until);
-            let piece = Segment {
-                range: segment.range.clip(geometry.bytes_of(run)),
-                ..segment
-            };
+            let piece = Segment { range: segment.range.clip(geometry.bytes_of(run)), ..segment };
             self.ops.add_part(segment.op);
             self.start_piece(piece, run, owner, whole, out);
             at = until;
@@ -220,22 +199,13 @@ impl Engine {
         let (owner, until) = self.inflight.look(block);
         let until = self.maps.absent_until(block, until.min(limit));
         #[cfg(feature = "planted-faults")]
-        if self.fault == Some(PlantedFault::InflightIgnored)
-            && matches!(owner, Some(Owner::Wire(_)))
-        {
+        if self.fault == Some(PlantedFault::InflightIgnored) && matches!(owner, Some(Owner::Wire(_))) {
             return (State::Absent, until);
         }
         (owner.map_or(State::Absent, State::Owned), until)
     }
 
-    fn start_piece(
-        &mut self,
-        piece: Segment,
-        run: BlockRun,
-        state: State,
-        whole: bool,
-        out: &mut Vec<Action>,
-    ) {
+    fn start_piece(&mut self, piece: Segment, run: BlockRun, state: State, whole: bool, out: &mut Vec<Action>) {
         let change = piece.kind.is_change();
         match state {
             State::Present => self.start_local(piece, run, None, out),
@@ -255,11 +225,7 @@ impl Engine {
             }
             State::Owned(Owner::Wire(fetch)) => self.wait_for_wire(fetch, piece),
             State::Owned(Owner::Storing(fetch)) => {
-                self.fetches
-                    .get_mut(&fetch)
-                    .expect("an owner exists")
-                    .after
-                    .push(piece);
+                self.fetches.get_mut(&fetch).expect("an owner exists").after.push(piece);
             }
             State::Owned(Owner::Overwriting(io)) => {
                 let io = self.ios.get_mut(&io).expect("an owner exists");
@@ -277,13 +243,7 @@ impl Engine {
         }
     }
 
-    fn start_local(
-        &mut self,
-        piece: Segment,
-        run: BlockRun,
-        overwrites: Option<BlockRun>,
-        out: &mut Vec<Action>,
-    ) {
+    fn start_local(&mut self, piece: Segment, run: BlockRun, overwrites: Option<BlockRun>, out: &mut Vec<Action>) {
         let Segment { op, kind, range } = piece;
         if kind == OpKind::Prefetch {
             self.end_part(op, Ok(()), out);
@@ -305,33 +265,12 @@ impl Engine {
         if let Some(run) = overwrites {
             self.inflight.give(run, Owner::Overwriting(io));
         }
-        self.ios.insert(
-            io,
-            LocalIo {
-                op,
-                overwrites: overwrites.map(|run| (run, Vec::new())),
-            },
-        );
+        self.ios.insert(io, LocalIo { op, overwrites: overwrites.map(|run| (run, Vec::new())) });
         out.push(match kind {
             OpKind::Read | OpKind::Prefetch => Action::ReadLocal { io, op, range },
-            OpKind::Write { .. } => Action::WriteLocal {
-                io,
-                op,
-                range,
-                dsync,
-            },
-            OpKind::Zero { keep_allocated, .. } => Action::ZeroLocal {
-                io,
-                op,
-                range,
-                keep_allocated,
-            },
-            OpKind::Trim { .. } => Action::ZeroLocal {
-                io,
-                op,
-                range,
-                keep_allocated: false,
-            },
+            OpKind::Write { .. } => Action::WriteLocal { io, op, range, dsync },
+            OpKind::Zero { keep_allocated, .. } => Action::ZeroLocal { io, op, range, keep_allocated },
+            OpKind::Trim { .. } => Action::ZeroLocal { io, op, range, keep_allocated: false },
         });
     }
 
@@ -343,9 +282,7 @@ impl Engine {
                 self.maps.mark_present(run);
             }
             self.end_part(done.op, result, out);
-            after
-                .into_iter()
-                .for_each(|segment| self.start(segment, out));
+            after.into_iter().for_each(|segment| self.start(segment, out));
         } else {
             self.end_part(done.op, result, out);
         }
@@ -370,13 +307,7 @@ impl Engine {
 
     fn new_fetch(&mut self, run: BlockRun) -> FetchId {
         let fetch = FetchId(self.fresh_id());
-        let state = Fetch {
-            run,
-            readers: Vec::new(),
-            after: Vec::new(),
-            stores: 0,
-            store_error: None,
-        };
+        let state = Fetch { run, readers: Vec::new(), after: Vec::new(), stores: 0, store_error: None };
         self.fetches.insert(fetch, state);
         fetch
     }
@@ -386,19 +317,8 @@ impl Engine {
         let run = fetch.run;
         for reader in std::mem::take(&mut fetch.readers) {
             let io = IoId(self.fresh_id());
-            self.ios.insert(
-                io,
-                LocalIo {
-                    op: reader.op,
-                    overwrites: None,
-                },
-            );
-            out.push(Action::Deliver {
-                io,
-                op: reader.op,
-                fetch: id,
-                range: reader.range,
-            });
+            self.ios.insert(io, LocalIo { op: reader.op, overwrites: None });
+            out.push(Action::Deliver { io, op: reader.op, fetch: id, range: reader.range });
         }
         // What the guest overwrote meanwhile belongs to that write (I3).
         #[allow(unused_mut)]
@@ -406,17 +326,12 @@ impl Engine {
         #[cfg(feature = "planted-faults")]
         match self.fault {
             Some(PlantedFault::FetchOverwrites) => ours = vec![run],
-            Some(PlantedFault::BitBeforeData) => {
-                ours.iter().for_each(|run| self.maps.mark_present(*run))
-            }
+            Some(PlantedFault::BitBeforeData) => ours.iter().for_each(|run| self.maps.mark_present(*run)),
             _ => {}
         }
         for run in &ours {
             self.inflight.give(*run, Owner::Storing(id));
-            out.push(Action::Store {
-                fetch: id,
-                run: *run,
-            });
+            out.push(Action::Store { fetch: id, run: *run });
         }
         let fetch = self.fetches.get_mut(&id).expect("still there");
         fetch.stores = ours.len();
@@ -436,23 +351,14 @@ impl Engine {
         }
     }
 
-    fn stored(
-        &mut self,
-        id: FetchId,
-        run: BlockRun,
-        result: Result<(), Errno>,
-        out: &mut Vec<Action>,
-    ) {
+    fn stored(&mut self, id: FetchId, run: BlockRun, result: Result<(), Errno>, out: &mut Vec<Action>) {
         for part in self.inflight.owned(run, Owner::Storing(id)) {
             self.inflight.free(part);
         }
         if result.is_ok() {
             self.maps.mark_present(run);
         }
-        let fetch = self
-            .fetches
-            .get_mut(&id)
-            .expect("a fetch outlives its stores");
+        let fetch = self.fetches.get_mut(&id).expect("a fetch outlives its stores");
         fetch.store_error = fetch.store_error.or(result.err());
         fetch.stores -= 1;
         if fetch.stores == 0 {
@@ -466,9 +372,7 @@ impl Engine {
         for segment in fetch.after {
             match fetch.store_error {
                 // A read can still be answered, from the network. Others need the block in the cache.
-                Some(errno) if segment.kind != OpKind::Read => {
-                    self.fail_or_start(segment, errno, out)
-                }
+                Some(errno) if segment.kind != OpKind::Read => self.fail_or_start(segment, errno, out),
                 _ => self.start(segment, out),
             }
         }
@@ -477,9 +381,7 @@ impl Engine {
     /// After a failure: a segment whose blocks have come in another way goes on, any other fails.
     fn fail_or_start(&mut self, segment: Segment, errno: Errno, out: &mut Vec<Action>) {
         let blocks = self.maps.geometry().covering(segment.range);
-        if (blocks.start..blocks.end)
-            .all(|b| self.maps.is_present(b) || self.inflight.look(b).0.is_some())
-        {
+        if (blocks.start..blocks.end).all(|b| self.maps.is_present(b) || self.inflight.look(b).0.is_some()) {
             self.start(segment, out);
         } else {
             self.end_part(segment.op, Err(errno), out);
@@ -508,10 +410,7 @@ impl Engine {
 
     fn flush(&mut self, op: OpId, out: &mut Vec<Action>) {
         if self.failed.is_some() {
-            out.push(Action::Complete {
-                op,
-                result: Err(Errno::EIO),
-            });
+            out.push(Action::Complete { op, result: Err(Errno::EIO) });
             return;
         }
         self.flush_next.push(op);
@@ -536,10 +435,7 @@ impl Engine {
             self.failed = Some(errno);
             answered.append(&mut self.flush_next);
         }
-        out.extend(answered.into_iter().map(|op| Action::Complete {
-            op,
-            result: result.map_err(|_| Errno::EIO),
-        }));
+        out.extend(answered.into_iter().map(|op| Action::Complete { op, result: result.map_err(|_| Errno::EIO) }));
         if !self.flush_next.is_empty() {
             self.start_commit(out);
         }

@@ -31,11 +31,8 @@ impl ExportDisk {
             | TransmissionFlags::SEND_DF
             | TransmissionFlags::CAN_MULTI_CONN
             | TransmissionFlags::SEND_CACHE;
-        let identity = image.identity().map_err(|source| ImageError::Io {
-            path: image.path().into(),
-            action: "read",
-            source,
-        })?;
+        let identity =
+            image.identity().map_err(|source| ImageError::Io { path: image.path().into(), action: "read", source })?;
         let info = ExportInfo {
             name,
             description: None,

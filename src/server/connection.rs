@@ -11,8 +11,8 @@ use super::listener::ServeStats;
 use super::{HANDSHAKE_TIMEOUT, HASH_PIECE_BYTES, MAX_BYTES, MAX_REQUESTS, replies};
 use crate::engine::ByteRange;
 use crate::nbd::{
-    Command, CommandFlags, ExportInfo, Limits, MAX_EXTENTS, NbdError, ProtocolError, Request,
-    ServerHandshake, ServerStep, Session,
+    Command, CommandFlags, ExportInfo, Limits, MAX_EXTENTS, NbdError, ProtocolError, Request, ServerHandshake,
+    ServerStep, Session,
 };
 use crate::uring::{Budget, BufferedReader, Connection, Lent, Mailbox, Part, sleep, spawn};
 
@@ -50,7 +50,11 @@ struct Context<D> {
 }
 
 /// Serves a client until it leaves. `Ok`: it left in order.
-pub(super) async fn run<D: Disk>(connection: Connection, disk: Rc<D>, stats: ServeStats) -> Result<(), ConnectionError> {
+pub(super) async fn run<D: Disk>(
+    connection: Connection,
+    disk: Rc<D>,
+    stats: ServeStats,
+) -> Result<(), ConnectionError> {
     let mut reader = BufferedReader::new(connection.clone(), READER_BYTES);
     let export = disk.export();
     let agreed = {

@@ -12,7 +12,9 @@ use super::disk::DiskExtent;
 pub(super) fn done(structured: bool, cookie: u64, result: Result<(), NbdError>) -> Vec<Part> {
     let mut head = Vec::new();
     match result {
-        Err(error) if structured => put_error_chunk(&mut head, cookie, ReplyFlags::DONE, error, &error.to_string(), None),
+        Err(error) if structured => {
+            put_error_chunk(&mut head, cookie, ReplyFlags::DONE, error, &error.to_string(), None)
+        }
         Ok(()) if structured => put_none_chunk(&mut head, cookie),
         result => put_simple_reply(&mut head, cookie, result.err()),
     }

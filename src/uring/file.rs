@@ -56,9 +56,7 @@ pub struct FileIo {
 
 impl From<File> for FileIo {
     fn from(file: File) -> Self {
-        Self {
-            fd: Arc::new(file.into()),
-        }
+        Self { fd: Arc::new(file.into()) }
     }
 }
 
@@ -121,18 +119,10 @@ impl FileIo {
             let offset = offset_bytes + done as u64;
             // SAFETY: descriptor and buffer are owned by the resource; start + len is within the buffer.
             let op = unsafe {
-                submit(
-                    ReadOp {
-                        _fd: self.fd.clone(),
-                        buf,
-                    },
-                    |r| {
-                        let target = &mut r.buf[start..start + len];
-                        opcode::Read::new(fd, target.as_mut_ptr(), target.len() as u32)
-                            .offset(offset)
-                            .build()
-                    },
-                )
+                submit(ReadOp { _fd: self.fd.clone(), buf }, |r| {
+                    let target = &mut r.buf[start..start + len];
+                    opcode::Read::new(fd, target.as_mut_ptr(), target.len() as u32).offset(offset).build()
+                })
             };
             let (result, resource) = op.await;
             buf = resource.buf;
@@ -147,12 +137,7 @@ impl FileIo {
     }
 
     /// Writes the whole part at `offset_bytes`. With `dsync` the data is durable when this returns (RWF_DSYNC).
-    pub async fn write_all_at(
-        &self,
-        mut part: Part,
-        offset_bytes: u64,
-        dsync: bool,
-    ) -> io::Result<()> {
+    pub async fn write_all_at(&self, mut part: Part, offset_bytes: u64, dsync: bool) -> io::Result<()> {
         let mut done = 0;
         let want = part.len();
         let flags = if dsync { libc::RWF_DSYNC } else { 0 };
@@ -163,20 +148,11 @@ impl FileIo {
             let mut piece_len = 0;
             // SAFETY: descriptor and bytes are owned by the resource; the slice is within them.
             let op = unsafe {
-                submit(
-                    WriteOp {
-                        _fd: self.fd.clone(),
-                        part,
-                    },
-                    |w| {
-                        let source = w.part.slice_at(done, len);
-                        piece_len = source.len();
-                        opcode::Write::new(fd, source.as_ptr(), source.len() as u32)
-                            .offset(offset)
-                            .rw_flags(flags)
-                            .build()
-                    },
-                )
+                submit(WriteOp { _fd: self.fd.clone(), part }, |w| {
+                    let source = w.part.slice_at(done, len);
+                    piece_len = source.len();
+                    opcode::Write::new(fd, source.as_ptr(), source.len() as u32).offset(offset).rw_flags(flags).build()
+                })
             };
             let (result, resource) = op.await;
             part = resource.part;
@@ -192,22 +168,13 @@ impl FileIo {
 
     /// Turns a range into zeros. Where the file system cannot, zeros are written, unless `fast_only`:
     /// then the error is `EOPNOTSUPP` and nothing was changed.
-    pub async fn zero_at(
-        &self,
-        offset_bytes: u64,
-        len_bytes: u64,
-        mode: ZeroMode,
-        fast_only: bool,
-    ) -> io::Result<()> {
+    pub async fn zero_at(&self, offset_bytes: u64, len_bytes: u64, mode: ZeroMode, fast_only: bool) -> io::Result<()> {
         loop {
             let fd = types::Fd(self.fd.as_raw_fd());
             // SAFETY: the descriptor is owned by the resource; there is no memory.
             let op = unsafe {
                 submit(self.fd.clone(), |_| {
-                    opcode::Fallocate::new(fd, len_bytes)
-                        .offset(offset_bytes)
-                        .mode(mode.fallocate_flags())
-                        .build()
+                    opcode::Fallocate::new(fd, len_bytes).offset(offset_bytes).mode(mode.fallocate_flags()).build()
                 })
             };
             match op.await.0 {
@@ -221,8 +188,7 @@ impl FileIo {
         let mut at = offset_bytes;
         while at < end {
             let piece = (end - at).min(ZERO_PIECE_BYTES);
-            self.write_all_at(Part::Zeros(piece as usize), at, false)
-                .await?;
+            self.write_all_at(Part::Zeros(piece as usize), at, false).await?;
             at += piece;
         }
         Ok(())
@@ -234,10 +200,7 @@ fn is_transient(e: &io::Error) -> bool {
 }
 
 fn is_unsupported(e: &io::Error) -> bool {
-    matches!(
-        e.raw_os_error(),
-        Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV)
-    )
+    matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV))
 }
 
 #[cfg(test)]
@@ -252,12 +215,8 @@ mod tests {
         reactor
             .block_on(async move {
                 let data: Vec<u8> = (0..100_000u32).map(|n| n as u8 | 1).collect();
-                file.write_all_at(Part::Owned(data.clone()), 512, false)
-                    .await
-                    .unwrap();
-                file.zero_at(4096, 8192, ZeroMode::Punch, false)
-                    .await
-                    .unwrap();
+                file.write_all_at(Part::Owned(data.clone()), 512, false).await.unwrap();
+                file.zero_at(4096, 8192, ZeroMode::Punch, false).await.unwrap();
                 let (result, back) = file.read_exact_at(vec![9; 100_010], 5..100_005, 512).await;
                 result.unwrap();
                 let mut want = data;

@@ -63,9 +63,7 @@ impl Part {
     pub(super) fn slice_at(&self, start: usize, max: usize) -> &[u8] {
         match self {
             Self::Owned(bytes) => &bytes[start..bytes.len().min(start + max)],
-            Self::Shared { bytes, range } => {
-                &bytes[range.start + start..range.end.min(range.start + start + max)]
-            }
+            Self::Shared { bytes, range } => &bytes[range.start + start..range.end.min(range.start + start + max)],
             Self::Zeros(len) => &ZEROS[..ZEROS.len().min(*len - start).min(max)],
         }
     }
@@ -125,9 +123,7 @@ impl Connection {
 
     /// Connects to a unix socket.
     pub async fn connect_unix(path: PathBuf) -> io::Result<Self> {
-        elsewhere(move || UnixStream::connect(path).map(OwnedFd::from))
-            .await
-            .map(Self::new)
+        elsewhere(move || UnixStream::connect(path).map(OwnedFd::from)).await.map(Self::new)
     }
 
     /// Receives at most `at.len()` bytes into `buf[at]`; 0 means that the peer has closed.
@@ -136,11 +132,7 @@ impl Connection {
     }
 
     /// Receives exactly `at.len()` bytes into `buf[at]`. A peer that closes before is an `UnexpectedEof`.
-    pub async fn recv_exact(
-        &self,
-        mut buf: Vec<u8>,
-        at: Range<usize>,
-    ) -> (io::Result<()>, Vec<u8>) {
+    pub async fn recv_exact(&self, mut buf: Vec<u8>, at: Range<usize>) -> (io::Result<()>, Vec<u8>) {
         let mut start = at.start;
         while start < at.end {
             let (result, back) = self.recv_flags(buf, start..at.end, libc::MSG_WAITALL).await;
@@ -154,29 +146,16 @@ impl Connection {
         (Ok(()), buf)
     }
 
-    async fn recv_flags(
-        &self,
-        mut buf: Vec<u8>,
-        at: Range<usize>,
-        flags: i32,
-    ) -> (io::Result<usize>, Vec<u8>) {
+    async fn recv_flags(&self, mut buf: Vec<u8>, at: Range<usize>, flags: i32) -> (io::Result<usize>, Vec<u8>) {
         loop {
             let fd = types::Fd(self.fd.as_raw_fd());
             let range = at.clone();
             // SAFETY: socket and buffer are owned by the resource; indexing checks the range.
             let op = unsafe {
-                submit(
-                    RecvOp {
-                        _fd: self.fd.clone(),
-                        buf,
-                    },
-                    |r| {
-                        let target = &mut r.buf[range];
-                        opcode::Recv::new(fd, target.as_mut_ptr(), target.len() as u32)
-                            .flags(flags)
-                            .build()
-                    },
-                )
+                submit(RecvOp { _fd: self.fd.clone(), buf }, |r| {
+                    let target = &mut r.buf[range];
+                    opcode::Recv::new(fd, target.as_mut_ptr(), target.len() as u32).flags(flags).build()
+                })
             };
             let (result, resource) = op.await;
             buf = resource.buf;
@@ -214,21 +193,11 @@ impl Connection {
         Ok(())
     }
 
-    async fn send_some(
-        &self,
-        parts: Vec<Part>,
-        first: usize,
-        skip: usize,
-    ) -> (io::Result<usize>, Vec<Part>) {
+    async fn send_some(&self, parts: Vec<Part>, first: usize, skip: usize) -> (io::Result<usize>, Vec<Part>) {
         let fd = types::Fd(self.fd.as_raw_fd());
         // SAFETY: a msghdr of zeros is a valid empty message.
         let header: libc::msghdr = unsafe { std::mem::zeroed() };
-        let send = SendOp {
-            _fd: self.fd.clone(),
-            parts,
-            vectors: Vec::new(),
-            header,
-        };
+        let send = SendOp { _fd: self.fd.clone(), parts, vectors: Vec::new(), header };
         // SAFETY: socket, parts, vectors and header are owned by the resource, at their final addresses
         // when the entry is built; nothing touches them until the completion.
         let op = unsafe {
@@ -237,9 +206,7 @@ impl Connection {
                 s.header.msg_iov = s.vectors.as_mut_ptr();
                 s.header.msg_iovlen = s.vectors.len();
                 let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32;
-                opcode::SendMsg::new(fd, ptr::from_ref(&s.header))
-                    .flags(flags)
-                    .build()
+                opcode::SendMsg::new(fd, ptr::from_ref(&s.header)).flags(flags).build()
             })
         };
         let (result, resource) = op.await;
@@ -264,10 +231,7 @@ impl SendOp {
             while start < part.len() && self.vectors.len() < MAX_PARTS_PER_SEND {
                 let slice = part.slice_at(start, usize::MAX >> 1);
                 start += slice.len();
-                self.vectors.push(libc::iovec {
-                    iov_base: slice.as_ptr().cast_mut().cast(),
-                    iov_len: slice.len(),
-                });
+                self.vectors.push(libc::iovec { iov_base: slice.as_ptr().cast_mut().cast(), iov_len: slice.len() });
             }
             start = 0;
             if self.vectors.len() == MAX_PARTS_PER_SEND {
@@ -278,19 +242,13 @@ impl SendOp {
 }
 
 /// Runs a blocking call on a thread of its own.
-async fn elsewhere<T: Send + 'static>(
-    call: impl FnOnce() -> io::Result<T> + Send + 'static,
-) -> io::Result<T> {
+async fn elsewhere<T: Send + 'static>(call: impl FnOnce() -> io::Result<T> + Send + 'static) -> io::Result<T> {
     let (sender, receiver) = futures_channel::oneshot::channel();
-    std::thread::Builder::new()
-        .name("connect".into())
-        .spawn(move || {
-            // The receiver is gone if the caller gave up; then nobody wants the result.
-            let _ = sender.send(call());
-        })?;
-    receiver
-        .await
-        .unwrap_or_else(|_| Err(io::Error::other("the helper thread died")))
+    std::thread::Builder::new().name("connect".into()).spawn(move || {
+        // The receiver is gone if the caller gave up; then nobody wants the result.
+        let _ = sender.send(call());
+    })?;
+    receiver.await.unwrap_or_else(|_| Err(io::Error::other("the helper thread died")))
 }
 
 /// A listening socket. A unix socket's file goes away with it.
@@ -308,9 +266,7 @@ pub enum BindError {
     #[error("socket path {0} is too long: {1} bytes, the system allows 107; choose a shorter one")]
     PathTooLong(PathBuf, usize),
     /// Somebody answers there already.
-    #[error(
-        "socket {0} is taken: another process is listening there; choose another path or stop it"
-    )]
+    #[error("socket {0} is taken: another process is listening there; choose another path or stop it")]
     Taken(PathBuf),
     /// There is a file that is not a socket.
     #[error("{0} exists and is not a socket; choose another path or remove it")]
@@ -326,39 +282,14 @@ impl Listener {
         let refused = |e| BindError::Refused(format!("{host}:{port}"), e);
         let listener = TcpListener::bind((host, port)).map_err(refused)?;
         let local = listener.local_addr().map_err(refused)?.to_string();
-        Ok(Self {
-            fd: Arc::new(listener.into()),
-            socket_file: None,
-            local,
-        })
+        Ok(Self { fd: Arc::new(listener.into()), socket_file: None, local })
     }
 
-    /// Listens on a unix socket that only its owner may open. A socket that a dead process left is replaced.
+    /// Listens on a unix socket; see [`bind_private`].
     pub fn unix(path: &Path) -> Result<Self, BindError> {
-        let len = path.as_os_str().len();
-        if len > 107 {
-            return Err(BindError::PathTooLong(path.into(), len));
-        }
-        match fs::symlink_metadata(path) {
-            Ok(meta) if !meta.file_type().is_socket() => {
-                return Err(BindError::NotASocket(path.into()));
-            }
-            Ok(_) if UnixStream::connect(path).is_ok() => {
-                return Err(BindError::Taken(path.into()));
-            }
-            Ok(_) => fs::remove_file(path)
-                .map_err(|e| BindError::Refused(path.display().to_string(), e))?,
-            Err(_) => {}
-        }
-        let refused = |e| BindError::Refused(path.display().to_string(), e);
-        let listener = UnixListener::bind(path).map_err(refused)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(refused)?;
+        let listener = bind_private(path)?;
         let local = path.display().to_string();
-        Ok(Self {
-            fd: Arc::new(listener.into()),
-            socket_file: Some(path.into()),
-            local,
-        })
+        Ok(Self { fd: Arc::new(listener.into()), socket_file: Some(path.into()), local })
     }
 
     /// Where it listens: `HOST:PORT` as bound, or the path of the socket.
@@ -373,9 +304,7 @@ impl Listener {
             // SAFETY: the socket is owned by the resource; no address is asked for.
             let op = unsafe {
                 submit(self.fd.clone(), |_| {
-                    opcode::Accept::new(fd, ptr::null_mut(), ptr::null_mut())
-                        .flags(libc::SOCK_CLOEXEC)
-                        .build()
+                    opcode::Accept::new(fd, ptr::null_mut(), ptr::null_mut()).flags(libc::SOCK_CLOEXEC).build()
                 })
             };
             match op.await.0 {
@@ -384,15 +313,29 @@ impl Listener {
                     let fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd as i32) };
                     return Ok(Connection::new(fd));
                 }
-                Err(e)
-                    if matches!(
-                        e.raw_os_error(),
-                        Some(libc::EINTR | libc::ECONNABORTED | libc::EAGAIN)
-                    ) => {}
+                Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::ECONNABORTED | libc::EAGAIN)) => {}
                 Err(e) => return Err(e),
             }
         }
     }
+}
+
+/// Binds a unix socket that only its owner may open. A socket that a dead process left is replaced.
+pub fn bind_private(path: &Path) -> Result<UnixListener, BindError> {
+    let len = path.as_os_str().len();
+    if len > 107 {
+        return Err(BindError::PathTooLong(path.into(), len));
+    }
+    let refused = |e| BindError::Refused(path.display().to_string(), e);
+    match fs::symlink_metadata(path) {
+        Ok(meta) if !meta.file_type().is_socket() => return Err(BindError::NotASocket(path.into())),
+        Ok(_) if UnixStream::connect(path).is_ok() => return Err(BindError::Taken(path.into())),
+        Ok(_) => fs::remove_file(path).map_err(refused)?,
+        Err(_) => {}
+    }
+    let listener = UnixListener::bind(path).map_err(refused)?;
+    fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(refused)?;
+    Ok(listener)
 }
 
 impl AsFd for Listener {
@@ -425,21 +368,12 @@ mod tests {
         let target = path.clone();
         reactor
             .block_on(async move {
-                let big: Arc<Vec<u8>> =
-                    Arc::new((0..3_000_000u32).map(|n| (n % 251) as u8).collect());
+                let big: Arc<Vec<u8>> = Arc::new((0..3_000_000u32).map(|n| (n % 251) as u8).collect());
                 let sent = big.clone();
                 let client = spawn(async move {
                     let connection = Connection::connect_unix(target).await.unwrap();
-                    let shared = Part::Shared {
-                        bytes: sent.clone(),
-                        range: 10..2_999_999,
-                    };
-                    let parts = vec![
-                        Part::Owned(b"head".to_vec()),
-                        Part::Zeros(200_000),
-                        Part::Owned(vec![]),
-                        shared,
-                    ];
+                    let shared = Part::Shared { bytes: sent.clone(), range: 10..2_999_999 };
+                    let parts = vec![Part::Owned(b"head".to_vec()), Part::Zeros(200_000), Part::Owned(vec![]), shared];
                     connection.send(parts).await.unwrap();
                 });
                 let _probe_of_the_second_bind = listener.accept().await.unwrap();

@@ -19,24 +19,18 @@ pub enum UringError {
         sysctl: String,
     },
     /// The kernel does not know the system call.
-    #[error(
-        "this kernel has no io_uring ({0}): blkferry needs Linux 6.0 or later built with CONFIG_IO_URING"
-    )]
+    #[error("this kernel has no io_uring ({0}): blkferry needs Linux 6.0 or later built with CONFIG_IO_URING")]
     Missing(io::Error),
     /// Memory, descriptors or locked pages ran out.
-    #[error(
-        "cannot set up an io_uring ({0}): check `ulimit -l` (locked memory) and `ulimit -n` (open files)"
-    )]
+    #[error("cannot set up an io_uring ({0}): check `ulimit -l` (locked memory) and `ulimit -n` (open files)")]
     Exhausted(io::Error),
 }
 
 pub(super) fn uring_error(cause: io::Error) -> UringError {
     match cause.raw_os_error() {
         Some(nix::libc::EPERM | nix::libc::EACCES) => {
-            let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled").map_or_else(
-                |e| format!("unreadable ({e})"),
-                |text| text.trim().to_owned(),
-            );
+            let sysctl = std::fs::read_to_string("/proc/sys/kernel/io_uring_disabled")
+                .map_or_else(|e| format!("unreadable ({e})"), |text| text.trim().to_owned());
             UringError::Forbidden { cause, sysctl }
         }
         Some(nix::libc::ENOSYS) => UringError::Missing(cause),
@@ -56,10 +50,7 @@ mod tests {
     #[test]
     fn each_cause_says_what_to_do() {
         let forbidden = uring_error(io::Error::from_raw_os_error(nix::libc::EPERM)).to_string();
-        assert!(
-            forbidden.contains("kernel.io_uring_disabled"),
-            "{forbidden}"
-        );
+        assert!(forbidden.contains("kernel.io_uring_disabled"), "{forbidden}");
         let missing = uring_error(io::Error::from_raw_os_error(nix::libc::ENOSYS)).to_string();
         assert!(missing.contains("Linux 6.0"), "{missing}");
     }

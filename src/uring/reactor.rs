@@ -86,19 +86,14 @@ impl Reactor {
     /// A ring for this thread. Fails where the kernel has no io_uring or forbids it, and says which sysctl does.
     pub fn new() -> Result<Self, UringError> {
         let ring = build_ring().map_err(uring_error)?;
-        let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC)
-            .map_err(|e| uring_error(e.into()))?;
+        let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC).map_err(|e| uring_error(e.into()))?;
         let shared = Arc::new(Shared {
             owner: std::thread::current().id(),
             ready: SegQueue::new(),
             bell,
             rung: AtomicBool::new(false),
         });
-        let inner = Rc::new(Inner {
-            ring: RefCell::new(ring),
-            ops: RefCell::new(Slab::new()),
-            shared,
-        });
+        let inner = Rc::new(Inner { ring: RefCell::new(ring), ops: RefCell::new(Slab::new()), shared });
         Ok(Self { inner })
     }
 
@@ -132,21 +127,13 @@ impl Drop for Reactor {
 
 fn build_ring() -> io::Result<IoUring> {
     let mut best = IoUring::builder();
-    best.setup_cqsize(CQ_ENTRIES)
-        .setup_clamp()
-        .setup_submit_all();
-    best.setup_single_issuer()
-        .setup_defer_taskrun()
-        .setup_taskrun_flag();
+    best.setup_cqsize(CQ_ENTRIES).setup_clamp().setup_submit_all();
+    best.setup_single_issuer().setup_defer_taskrun().setup_taskrun_flag();
     match best.build(SQ_ENTRIES) {
         // Linux 6.0 has no DEFER_TASKRUN.
         Err(e) if e.raw_os_error() == Some(nix::libc::EINVAL) => {
             let mut plain = IoUring::builder();
-            plain
-                .setup_cqsize(CQ_ENTRIES)
-                .setup_clamp()
-                .setup_coop_taskrun()
-                .setup_taskrun_flag();
+            plain.setup_cqsize(CQ_ENTRIES).setup_clamp().setup_coop_taskrun().setup_taskrun_flag();
             plain.build(SQ_ENTRIES)
         }
         other => other,
@@ -170,11 +157,7 @@ impl Inner {
         match outcome {
             Ok(_) => {}
             // EBUSY: the completion queue overflowed; reaping below makes room.
-            Err(e)
-                if matches!(
-                    e.raw_os_error(),
-                    Some(nix::libc::EINTR | nix::libc::EBUSY | nix::libc::EAGAIN)
-                ) => {}
+            Err(e) if matches!(e.raw_os_error(), Some(nix::libc::EINTR | nix::libc::EBUSY | nix::libc::EAGAIN)) => {}
             Err(e) => return Err(e),
         }
         self.reap();
@@ -197,13 +180,7 @@ impl Inner {
     fn complete(&self, key: usize, result: i32) {
         let mut ops = self.ops.borrow_mut();
         let Some(slot) = ops.get_mut(key) else { return };
-        match std::mem::replace(
-            slot,
-            OpState::Done {
-                result,
-                resource: Box::new(()),
-            },
-        ) {
+        match std::mem::replace(slot, OpState::Done { result, resource: Box::new(()) }) {
             OpState::Waiting { waker, resource } => {
                 *slot = OpState::Done { result, resource };
                 drop(ops);
@@ -235,11 +212,7 @@ impl Inner {
     }
 
     fn cancel(&self, key: usize) {
-        self.push(
-            &opcode::AsyncCancel::new(key as u64)
-                .build()
-                .user_data(NOBODY),
-        );
+        self.push(&opcode::AsyncCancel::new(key as u64).build().user_data(NOBODY));
     }
 
     /// Cancels all operations and waits until the kernel has let go of their memory.
@@ -251,10 +224,7 @@ impl Inner {
         for key in keys {
             self.cancel(key);
         }
-        let waiting = |ops: &Slab<OpState>| {
-            ops.iter()
-                .any(|(_, op)| !matches!(op, OpState::Done { .. }))
-        };
+        let waiting = |ops: &Slab<OpState>| ops.iter().any(|(_, op)| !matches!(op, OpState::Done { .. }));
         while waiting(&self.ops.borrow()) {
             let done = self.ring.borrow().submit_and_wait(1);
             if done.is_err_and(|e| e.kind() != io::ErrorKind::Interrupted) {
@@ -268,16 +238,13 @@ impl Inner {
 }
 
 fn current() -> Rc<Inner> {
-    CURRENT
-        .with(|c| c.borrow().clone())
-        .expect("I/O is only started by tasks of a running reactor")
+    CURRENT.with(|c| c.borrow().clone()).expect("I/O is only started by tasks of a running reactor")
 }
 
 /// Starts a task on this thread's reactor.
 pub fn spawn<T: 'static>(future: impl Future<Output = T> + 'static) -> Task<T> {
     let shared = current().shared.clone();
-    let (runnable, task) =
-        async_task::spawn_local(future, move |runnable| shared.schedule(runnable));
+    let (runnable, task) = async_task::spawn_local(future, move |runnable| shared.schedule(runnable));
     runnable.schedule();
     task
 }
@@ -295,23 +262,13 @@ impl<R> Unpin for Op<R> {}
 ///
 /// # Safety
 /// Every pointer and descriptor in the built entry must be owned by `resource` (or be 'static).
-pub(super) unsafe fn submit<R: 'static>(
-    resource: R,
-    entry: impl FnOnce(&mut R) -> squeue::Entry,
-) -> Op<R> {
+pub(super) unsafe fn submit<R: 'static>(resource: R, entry: impl FnOnce(&mut R) -> squeue::Entry) -> Op<R> {
     let inner = current();
     let mut boxed = Box::new(resource);
     let sqe = entry(&mut boxed);
-    let key = inner.ops.borrow_mut().insert(OpState::Waiting {
-        waker: None,
-        resource: boxed,
-    });
+    let key = inner.ops.borrow_mut().insert(OpState::Waiting { waker: None, resource: boxed });
     inner.push(&sqe.user_data(key as u64));
-    Op {
-        inner,
-        key: Some(key),
-        resource: PhantomData,
-    }
+    Op { inner, key: Some(key), resource: PhantomData }
 }
 
 impl<R: 'static> Future for Op<R> {
@@ -326,19 +283,11 @@ impl<R: 'static> Future for Op<R> {
                 Poll::Pending
             }
             OpState::Done { .. } => {
-                let OpState::Done { result, resource } = ops.remove(key) else {
-                    unreachable!("matched above")
-                };
+                let OpState::Done { result, resource } = ops.remove(key) else { unreachable!("matched above") };
                 drop(ops);
                 self.key = None;
-                let resource = *resource
-                    .downcast::<R>()
-                    .expect("the slab keeps what this operation put in");
-                let result = if result < 0 {
-                    Err(io::Error::from_raw_os_error(-result))
-                } else {
-                    Ok(result as u32)
-                };
+                let resource = *resource.downcast::<R>().expect("the slab keeps what this operation put in");
+                let result = if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(result as u32) };
                 Poll::Ready((result, resource))
             }
             OpState::Orphan { .. } => unreachable!("an orphan has no future"),
@@ -355,16 +304,9 @@ impl<R: 'static> Drop for Op<R> {
             ops.remove(key);
             return;
         }
-        let taken = std::mem::replace(
-            slot,
-            OpState::Orphan {
-                _resource: Box::new(()),
-            },
-        );
+        let taken = std::mem::replace(slot, OpState::Orphan { _resource: Box::new(()) });
         if let OpState::Waiting { resource, .. } = taken {
-            *slot = OpState::Orphan {
-                _resource: resource,
-            };
+            *slot = OpState::Orphan { _resource: resource };
         }
         drop(ops);
         self.inner.cancel(key);
@@ -393,15 +335,10 @@ async fn listen_to_bell(shared: Arc<Shared>) {
     }
     loop {
         let fd: RawFd = shared.bell.as_raw_fd();
-        let bell = Bell {
-            _shared: shared.clone(),
-            value: [0; 8],
-        };
+        let bell = Bell { _shared: shared.clone(), value: [0; 8] };
         // SAFETY: buffer and eventfd are owned by the resource.
         let op = unsafe {
-            submit(bell, |b| {
-                opcode::Read::new(types::Fd(fd), b.value.as_mut_ptr(), b.value.len() as u32).build()
-            })
+            submit(bell, |b| opcode::Read::new(types::Fd(fd), b.value.as_mut_ptr(), b.value.len() as u32).build())
         };
         let (result, _) = op.await;
         shared.rung.store(false, Ordering::Release);
@@ -423,20 +360,13 @@ struct MailboxInner<T> {
 
 impl<T> Clone for Mailbox<T> {
     fn clone(&self) -> Self {
-        Self {
-            queue: self.queue.clone(),
-        }
+        Self { queue: self.queue.clone() }
     }
 }
 
 impl<T> Default for Mailbox<T> {
     fn default() -> Self {
-        Self {
-            queue: Arc::new(MailboxInner {
-                items: SegQueue::new(),
-                arrived: event_listener::Event::new(),
-            }),
-        }
+        Self { queue: Arc::new(MailboxInner { items: SegQueue::new(), arrived: event_listener::Event::new() }) }
     }
 }
 
@@ -510,10 +440,6 @@ mod tests {
             })
             .unwrap();
         // What is left is the bell's read (cancelled with the main task) and nothing else.
-        assert!(
-            inner.ops.borrow().len() <= 1,
-            "{} operations left",
-            inner.ops.borrow().len()
-        );
+        assert!(inner.ops.borrow().len() <= 1, "{} operations left", inner.ops.borrow().len());
     }
 }

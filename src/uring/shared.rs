@@ -33,10 +33,7 @@ impl SharedWords {
         // SAFETY: a fresh mapping at an address of the kernel's choice; the length was checked against
         // the file, and our own lock on the disk keeps others from truncating it.
         let start = unsafe { mmap(None, len_bytes, protection, MapFlags::MAP_SHARED, file, 0) }?;
-        Ok(Self {
-            start: start.cast(),
-            len_words,
-        })
+        Ok(Self { start: start.cast(), len_words })
     }
 
     /// All words.
@@ -64,10 +61,7 @@ mod tests {
         let file = tempfile::tempfile().unwrap();
         file.set_len(8 * 1000).unwrap();
         SharedWords::map(&file, 1000).unwrap().words()[999].fetch_or(5, Ordering::SeqCst);
-        assert_eq!(
-            SharedWords::map(&file, 1000).unwrap().words()[999].load(Ordering::SeqCst),
-            5
-        );
+        assert_eq!(SharedWords::map(&file, 1000).unwrap().words()[999].load(Ordering::SeqCst), 5);
         assert!(SharedWords::map(&file, 1001).is_err());
     }
 }

@@ -100,10 +100,8 @@ impl World {
     /// Blocks begin to cross the wire, as data or as zeros: none that is here or on its way already.
     fn cross(&mut self, run: BlockRun) -> Checked {
         let sectors = self.sectors(run);
-        let busy = self
-            .tasks
-            .iter()
-            .find(|t| t.meets(&sectors) && (t.is_guest_change() || matches!(t.what, What::Store(..))));
+        let busy =
+            self.tasks.iter().find(|t| t.meets(&sectors) && (t.is_guest_change() || matches!(t.what, What::Store(..))));
         ensure!(self.lenient(busy.is_none()), "I6", "{run} is fetched during {:?}", busy.map(|t| &t.what));
         for block in run.start..run.end {
             let present = self.maps().all_present(BlockRun::new(block, block + 1));

@@ -43,8 +43,18 @@ impl Stats {
     /// Did every kind of thing happen?
     pub fn saw_everything(&self) -> bool {
         let counts = [
-            self.answers, self.errors, self.hits, self.fetches, self.zero_stores, self.overwrites, self.commits,
-            self.failed_commits, self.silences, self.waiting_in_silence, self.kills, self.power_cuts,
+            self.answers,
+            self.errors,
+            self.hits,
+            self.fetches,
+            self.zero_stores,
+            self.overwrites,
+            self.commits,
+            self.failed_commits,
+            self.silences,
+            self.waiting_in_silence,
+            self.kills,
+            self.power_cuts,
         ];
         counts.iter().all(|&count| count > 0)
     }

@@ -1,0 +1,50 @@
+//! `blkferry detach`
+
+use std::process::ExitCode;
+
+use super::display;
+use crate::control::{Client, ControlError, Detached, Request, RunDir};
+
+/// End a device
+///
+/// Exits with 0 only if the source is no longer needed: all blocks are here and committed, and the cache is a
+/// plain raw image. With --incomplete it ends in any case; attach the same cache again to go on.
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The device
+    name: String,
+    /// Also if blocks are still at the source only
+    #[arg(long)]
+    incomplete: bool,
+    /// Forget a device whose daemon was killed. Its cache stays as it is
+    #[arg(long)]
+    force: bool,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    let run = RunDir::open()?;
+    let mut client = match Client::connect(&run, &args.name) {
+        Err(ControlError::NotRunning(name)) if args.force => {
+            run.forget(&name)?;
+            println!("{name}: forgotten; its cache is as it was");
+            return Ok(ExitCode::SUCCESS);
+        }
+        other => other?,
+    };
+    let detached: Detached = client.ask(&Request::Detach { incomplete: args.incomplete }, |_| {})?;
+    if args.json {
+        println!("{}", serde_json::to_string(&detached)?);
+    } else if detached.complete {
+        println!("{}: complete; the source is no longer needed, {} is a raw image", args.name, detached.cache);
+    } else {
+        let absent = display::bytes(detached.absent_bytes);
+        println!(
+            "{}: detached, incomplete: {absent} are still at the source; attach {} again to go on",
+            args.name, detached.cache
+        );
+    }
+    Ok(ExitCode::SUCCESS)
+}

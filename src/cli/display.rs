@@ -1,0 +1,54 @@
+//! What people see: sizes, durations, progress.
+
+use std::time::Duration;
+
+use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
+
+use crate::control::Status;
+
+/// Bytes for people: `1.50 GiB`.
+pub(super) fn bytes(n: u64) -> String {
+    HumanBytes(n).to_string()
+}
+
+/// A rate for people.
+pub(super) fn rate(bytes_per_s: f64) -> String {
+    format!("{}/s", HumanBytes(bytes_per_s as u64))
+}
+
+/// A duration for people.
+pub(super) fn seconds(s: f64) -> String {
+    HumanDuration(Duration::from_secs_f64(s.clamp(0.0, 1e9))).to_string()
+}
+
+/// A bar on standard error if that is a terminal, and nothing otherwise.
+pub(super) fn bar(total: u64) -> ProgressBar {
+    let style = ProgressStyle::with_template("{prefix} [{bar:32}] {percent:>3}% of {total_bytes}  {msg}");
+    ProgressBar::new(total).with_style(style.expect("the template is a constant"))
+}
+
+/// Shows a status on a bar.
+pub(super) fn show_on(bar: &ProgressBar, status: &Status) {
+    bar.set_prefix(status.name.clone());
+    bar.set_position(status.bytes.present);
+    bar.set_message(headline(status));
+}
+
+/// What hydration does, in a few words with rate and ETA.
+pub(super) fn headline(status: &Status) -> String {
+    if let Some(failure) = &status.failure {
+        return format!("failed: {failure}");
+    }
+    if let Some(lost_s) = status.source.lost_s {
+        let waiting = status.frontend.waiting_requests;
+        return format!("source lost for {}, {waiting} requests wait", seconds(lost_s));
+    }
+    match (status.hydrate.state.as_str(), status.hydrate.eta_s) {
+        ("done", _) => "complete".into(),
+        ("running", Some(eta)) => format!("{}, {} to go", rate(status.hydrate.rate_bytes_per_s), seconds(eta)),
+        (state, _) => match &status.hydrate.reason {
+            Some(reason) => format!("{state}: {reason}"),
+            None => state.into(),
+        },
+    }
+}

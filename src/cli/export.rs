@@ -1,0 +1,96 @@
+//! `blkferry export`
+
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::rc::Rc;
+use std::time::Duration;
+
+use anyhow::Context;
+
+use super::display;
+use crate::daemon::wait_for_stop_signal;
+use crate::export::{ExportDisk, Image};
+use crate::nbd::Address;
+use crate::server::{ServeStats, Server};
+use crate::uring::{Listener, Mailbox, Reactor, require_io_uring};
+
+/// How long replies under way may take when the export stops.
+const STOP_PATIENCE: Duration = Duration::from_secs(2);
+
+/// Serve an image, read-only, to whoever ferries it
+///
+/// IMAGE is a raw file or a block device. It is never written to. Any NBD client can read it: another
+/// blkferry, qemu-img, nbdcopy. Runs until it is stopped (Ctrl-C, SIGTERM).
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// The image: a raw file or a block device
+    image: PathBuf,
+    /// Where to listen: HOST:PORT, :PORT for all interfaces, or unix:PATH. May be given more than once
+    #[arg(long, value_name = "HOST:PORT|unix:PATH", default_value = "127.0.0.1:10809")]
+    listen: Vec<Address>,
+    /// Name of the export. Clients that name none get it too
+    #[arg(long, value_name = "EXPORT", default_value = "")]
+    name: String,
+    /// Serve the image although somebody may be writing to it (QEMU holds its lock)
+    #[arg(long)]
+    in_use: bool,
+    /// Print where it is served as JSON
+    #[arg(long)]
+    json: bool,
+}
+
+pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    require_io_uring()?;
+    let stop = Mailbox::default();
+    let ring_bell = stop.clone();
+    wait_for_stop_signal(move || ring_bell.send(()))?;
+    let image = Image::open(&args.image, args.in_use)?;
+    let size_bytes = image.size_bytes();
+    let disk = ExportDisk::new(image, args.name.clone())?;
+    let listeners = args.listen.iter().map(listen).collect::<anyhow::Result<Vec<_>>>()?;
+    let uris: Vec<String> = listeners.iter().map(|(_, uri)| uri(args)).collect();
+    announce(args, size_bytes, &uris);
+    let stats = ServeStats::default();
+    let told = stats.clone();
+    Reactor::new()?.block_on(async move {
+        let disk = Rc::new(disk);
+        let serve = |(listener, _)| Server::start(listener, disk.clone(), stats.clone());
+        let servers: Vec<Server> = listeners.into_iter().map(serve).collect();
+        stop.recv().await;
+        for server in servers {
+            server.stop(STOP_PATIENCE).await;
+        }
+    })?;
+    log::info!("{} sent", display::bytes(told.sent_bytes()));
+    Ok(ExitCode::SUCCESS)
+}
+
+type MakeUri = Box<dyn Fn(&Args) -> String>;
+
+fn listen(address: &Address) -> anyhow::Result<(Listener, MakeUri)> {
+    match address {
+        Address::Unix(path) => {
+            let path = std::path::absolute(path).with_context(|| format!("socket {}", path.display()))?;
+            let address = Address::Unix(path.clone());
+            Ok((Listener::unix(&path)?, Box::new(move |args| address.clone().uri(&args.name).to_string())))
+        }
+        Address::Tcp { host, port } => {
+            let all = host.is_empty();
+            let listener = Listener::tcp(if all { "::" } else { host }, *port)?;
+            let port = listener.local().rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or(*port);
+            let host = if all { "localhost".to_owned() } else { host.clone() };
+            let address = Address::Tcp { host, port };
+            Ok((listener, Box::new(move |args| address.clone().uri(&args.name).to_string())))
+        }
+    }
+}
+
+fn announce(args: &Args, size_bytes: u64, uris: &[String]) {
+    if args.json {
+        println!("{}", serde_json::json!({ "image": args.image, "size_bytes": size_bytes, "uris": uris }));
+        return;
+    }
+    for uri in uris {
+        println!("serving {} ({}) at {uri}", args.image.display(), display::bytes(size_bytes));
+    }
+}

@@ -1,0 +1,72 @@
+//! The command line, one file a verb.
+
+mod attach;
+mod detach;
+mod display;
+mod export;
+mod list;
+mod set;
+mod status;
+mod verify;
+
+use std::io::Write;
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Live storage migration: a block device whose blocks follow the machine that uses it.
+///
+/// Serve an image where it is (`export`), attach it where the machine is going to run (`attach`), and use
+/// the device at once: blocks are fetched when they are read, the rest follows in the background, and what
+/// is written here stays here. When every block has come, the cache is a plain raw image and the source
+/// can be switched off.
+#[derive(Debug, Parser)]
+#[command(name = "blkferry", version, max_term_width = 100)]
+#[command(after_help = "Example:\n  host A:  blkferry export disk.raw --listen 0.0.0.0:10809\n  \
+    host B:  blkferry attach nbd://hostA/ disk.raw --name web\n           \
+    qemu-system-x86_64 … -drive file=nbd+unix:///?socket=/run/blkferry/web.nbd,format=raw\n           \
+    blkferry status web --watch\n           blkferry detach web")]
+struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+    /// Say more on standard error (repeat for still more). BLKFERRY_LOG=debug does the same
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    verbose: u8,
+}
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Export(export::Args),
+    Attach(attach::Args),
+    List(list::Args),
+    Status(status::Args),
+    Set(set::Args),
+    Detach(detach::Args),
+    Verify(verify::Args),
+}
+
+/// Parses the command line and does what it says.
+pub fn run() -> anyhow::Result<ExitCode> {
+    let cli = Cli::parse();
+    init_log(cli.verbose);
+    match &cli.verb {
+        Verb::Export(args) => export::run(args),
+        Verb::Attach(args) => attach::run(args, cli.verbose),
+        Verb::List(args) => list::run(args),
+        Verb::Status(args) => status::run(args),
+        Verb::Set(args) => set::run(args),
+        Verb::Detach(args) => detach::run(args),
+        Verb::Verify(args) => verify::run(args),
+    }
+}
+
+fn init_log(verbose: u8) {
+    let level = ["info", "debug", "trace"][usize::from(verbose.min(2))];
+    let environment = env_logger::Env::new().filter_or("BLKFERRY_LOG", level);
+    env_logger::Builder::from_env(environment)
+        .format(|out, record| match record.level() {
+            log::Level::Info => writeln!(out, "blkferry: {}", record.args()),
+            level => writeln!(out, "blkferry: {}: {}", level.as_str().to_lowercase(), record.args()),
+        })
+        .init();
+}

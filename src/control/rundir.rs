@@ -1,0 +1,217 @@
+//! The directory where daemons leave their sockets, and the names that they go by.
+
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, Write};
+use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::path::{Path, PathBuf};
+
+use nix::sys::statfs::{TMPFS_MAGIC, statfs};
+use nix::unistd::geteuid;
+use serde::{Deserialize, Serialize};
+
+/// Longest name of a device: it becomes part of a socket's path.
+const MAX_NAME: usize = 48;
+
+/// Why there is no run directory.
+#[derive(Debug, thiserror::Error)]
+#[error("run directory {path}: {source}; set BLKFERRY_RUN_DIR to a directory that you may write to")]
+pub struct RunDirError {
+    path: PathBuf,
+    source: io::Error,
+}
+
+/// Why a name cannot be had.
+#[derive(Debug, thiserror::Error)]
+pub enum NameError {
+    /// Not a name.
+    #[error("{0:?} is no name for a device: use 1 to {MAX_NAME} letters, digits, dots, dashes and underscores")]
+    Invalid(String),
+    /// Somebody has it.
+    #[error(
+        "the name {0} is in use by a running device; choose another with --name, or detach it (`blkferry detach {0}`)"
+    )]
+    InUse(String),
+    /// The system refused.
+    #[error("cannot claim the name {name}: {source}")]
+    Io {
+        /// The name.
+        name: String,
+        /// What the system said.
+        source: io::Error,
+    },
+}
+
+/// What a daemon writes down about itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Entry {
+    /// Name of the device.
+    pub name: String,
+    /// Process id of the daemon.
+    pub pid: u32,
+    /// Absolute path of the cache.
+    pub cache: PathBuf,
+    /// Path of the control socket.
+    pub control: PathBuf,
+    /// Where the guest finds the device.
+    pub uri: String,
+}
+
+/// The directory: `/run/blkferry`, or `$XDG_RUNTIME_DIR/blkferry` without root, or `$BLKFERRY_RUN_DIR`.
+#[derive(Clone, Debug)]
+pub struct RunDir {
+    path: PathBuf,
+}
+
+/// A name that is ours until this is dropped.
+#[derive(Debug)]
+pub struct Claim {
+    file: File,
+    path: PathBuf,
+}
+
+impl RunDir {
+    /// Finds the directory, and makes it if need be.
+    pub fn open() -> Result<Self, RunDirError> {
+        let path = Self::locate();
+        match fs::DirBuilder::new().recursive(true).mode(0o700).create(&path) {
+            Ok(()) => Ok(Self { path }),
+            Err(source) => Err(RunDirError { path, source }),
+        }
+    }
+
+    fn locate() -> PathBuf {
+        if let Some(path) = std::env::var_os("BLKFERRY_RUN_DIR") {
+            return path.into();
+        }
+        match std::env::var_os("XDG_RUNTIME_DIR") {
+            Some(base) if !geteuid().is_root() => Path::new(&base).join("blkferry"),
+            _ if geteuid().is_root() => "/run/blkferry".into(),
+            _ => std::env::temp_dir().join(format!("blkferry-{}", geteuid())),
+        }
+    }
+
+    /// The directory itself.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// A directory on tmpfs for live maps: inside this one if it is on tmpfs, else in /dev/shm.
+    pub fn live_dir(&self) -> PathBuf {
+        let on_tmpfs = statfs(&self.path).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC);
+        if on_tmpfs { self.path.join("live") } else { format!("/dev/shm/blkferry-{}", geteuid()).into() }
+    }
+
+    /// Path of the control socket of a device.
+    pub fn control_socket(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}.ctl"))
+    }
+
+    /// Path of the NBD socket of a device, where the user names none.
+    pub fn nbd_socket(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}.nbd"))
+    }
+
+    /// Path of the daemon's log.
+    pub fn log_file(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}.log"))
+    }
+
+    fn entry_file(&self, name: &str) -> PathBuf {
+        self.path.join(format!("{name}.json"))
+    }
+
+    /// Takes a name; it is free again when the process ends, however it ends.
+    pub fn claim(&self, name: &str) -> Result<Claim, NameError> {
+        check_name(name)?;
+        let path = self.entry_file(name);
+        let io = |source| NameError::Io { name: name.into(), source };
+        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let file = file.map_err(io)?;
+        match file.try_lock() {
+            Ok(()) => Ok(Claim { file, path }),
+            Err(TryLockError::WouldBlock) => Err(NameError::InUse(name.into())),
+            Err(TryLockError::Error(source)) => Err(io(source)),
+        }
+    }
+
+    /// All devices that have an entry, each with "is its daemon alive?", by name.
+    pub fn entries(&self) -> io::Result<Vec<(Entry, bool)>> {
+        let mut entries = Vec::new();
+        for file in fs::read_dir(&self.path)? {
+            let path = file?.path();
+            if path.extension().is_none_or(|e| e != "json") {
+                continue;
+            }
+            let Ok(text) = fs::read_to_string(&path) else { continue };
+            let Ok(entry) = serde_json::from_str::<Entry>(&text) else { continue };
+            let free = File::open(&path).is_ok_and(|file| file.try_lock_shared().is_ok());
+            entries.push((entry, !free));
+        }
+        entries.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
+        Ok(entries)
+    }
+
+    /// Removes what a dead daemon left.
+    pub fn forget(&self, name: &str) -> Result<(), NameError> {
+        self.claim(name)?.release();
+        for path in [self.control_socket(name), self.nbd_socket(name)] {
+            // Gone already is as good.
+            let _ = fs::remove_file(path);
+        }
+        Ok(())
+    }
+}
+
+impl Claim {
+    /// Writes down who has the name.
+    pub fn publish(&mut self, entry: &Entry) -> io::Result<()> {
+        self.file.set_len(0)?;
+        let json = serde_json::to_vec(entry).expect("plain data serializes");
+        self.file.write_all(&json)
+    }
+
+    /// Gives the name back for good.
+    pub fn release(self) {
+        // Gone already is as good.
+        let _ = fs::remove_file(&self.path);
+    }
+}
+
+fn check_name(name: &str) -> Result<(), NameError> {
+    let fits = (1..=MAX_NAME).contains(&name.len()) && !name.starts_with(['.', '-']);
+    if fits && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) {
+        Ok(())
+    } else {
+        Err(NameError::Invalid(name.into()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_name_is_had_once_and_comes_back() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir { path: dir.path().into() };
+        let mut claim = run.claim("disk0").unwrap();
+        assert!(matches!(run.claim("disk0"), Err(NameError::InUse(_))));
+        let entry = Entry {
+            name: "disk0".into(),
+            pid: 1,
+            cache: "/c".into(),
+            control: run.control_socket("disk0"),
+            uri: "nbd://x".into(),
+        };
+        claim.publish(&entry).unwrap();
+        assert_eq!(run.entries().unwrap(), [(entry.clone(), true)]);
+        // A daemon that was killed leaves its entry, and its name is free.
+        drop(claim);
+        assert_eq!(run.entries().unwrap(), [(entry, false)]);
+        run.forget("disk0").unwrap();
+        assert!(run.entries().unwrap().is_empty());
+        for bad in ["", ".x", "a/b", "a b", &"x".repeat(49)] {
+            assert!(matches!(run.claim(bad), Err(NameError::Invalid(_))), "{bad}");
+        }
+    }
+}

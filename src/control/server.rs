@@ -1,0 +1,129 @@
+//! The daemon's end of the control socket. Plain threads: nothing here is fast, and nothing waits for it.
+
+use std::io::{self, BufRead, BufReader, Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use serde::Serialize;
+
+use super::protocol::{Answer, Detached, Request};
+use super::status::Status;
+use crate::device::{VerifyProgress, VerifyReport};
+use crate::uring::{BindError, bind_private};
+
+/// Clients served at a time.
+const MAX_CLIENTS: usize = 16;
+/// How long a client may think before its next line, and take to read an answer.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// Longest request.
+const MAX_LINE_BYTES: u64 = 64 << 10;
+
+/// What the daemon can do for a client. An error is one clear line.
+pub trait Handler: Send + Sync + 'static {
+    /// How is the device?
+    fn status(&self) -> Status;
+    /// Changes a setting; returns its value as it is now.
+    fn set(&self, key: &str, value: &str) -> Result<String, String>;
+    /// Ends the device.
+    fn detach(&self, incomplete: bool) -> Result<Detached, String>;
+    /// The answer to `detach` has been sent.
+    fn detach_answered(&self);
+    /// Compares with the source; `progress` says whether to go on.
+    fn verify(&self, progress: &mut dyn FnMut(VerifyProgress) -> bool) -> Result<VerifyReport, String>;
+}
+
+/// The listening socket and its threads. They end with the process.
+pub struct ControlServer;
+
+impl ControlServer {
+    /// Listens on `path`.
+    pub fn start(path: &Path, handler: Arc<dyn Handler>) -> Result<Self, BindError> {
+        let refused = |e: io::Error| BindError::Refused(path.display().to_string(), e);
+        let listener = bind_private(path)?;
+        let accept = move || accept(&listener, &handler);
+        std::thread::Builder::new().name("control".into()).spawn(accept).map_err(refused)?;
+        Ok(Self)
+    }
+}
+
+fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>) {
+    let clients = Arc::new(AtomicUsize::new(0));
+    for stream in listener.incoming() {
+        let Ok(stream) = stream else {
+            std::thread::sleep(Duration::from_millis(100));
+            continue;
+        };
+        if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
+            clients.fetch_sub(1, Ordering::SeqCst);
+            continue;
+        }
+        let (handler, inside) = (handler.clone(), clients.clone());
+        let serve = move || {
+            if let Err(e) = serve(stream, &*handler) {
+                log::debug!("control: a client was dropped: {e}");
+            }
+            inside.fetch_sub(1, Ordering::SeqCst);
+        };
+        if std::thread::Builder::new().name("control-client".into()).spawn(serve).is_err() {
+            clients.fetch_sub(1, Ordering::SeqCst);
+        }
+    }
+}
+
+fn serve(stream: UnixStream, handler: &dyn Handler) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    stream.set_write_timeout(Some(PATIENCE))?;
+    let mut writer = stream.try_clone()?;
+    let mut reader = BufReader::new(stream);
+    loop {
+        let mut line = String::new();
+        if reader.by_ref().take(MAX_LINE_BYTES).read_line(&mut line)? == 0 {
+            return Ok(());
+        }
+        if !line.ends_with('\n') {
+            return answer(&mut writer, &Answer::<()>::Error("a request is one line of at most 64 KiB".into()));
+        }
+        match serde_json::from_str(&line) {
+            Ok(request) => perform(request, handler, &mut writer)?,
+            Err(e) => answer(&mut writer, &Answer::<()>::Error(format!("not a request: {e}")))?,
+        }
+    }
+}
+
+fn perform(request: Request, handler: &dyn Handler, writer: &mut UnixStream) -> io::Result<()> {
+    match request {
+        Request::Status => answer(writer, &Answer::Ok(handler.status())),
+        Request::Set { key, value } => answer(writer, &handler.set(&key, &value).into()),
+        Request::Detach { incomplete } => {
+            let result = answer(writer, &handler.detach(incomplete).into());
+            handler.detach_answered();
+            result
+        }
+        Request::Verify => {
+            let mut progress = |progress: VerifyProgress| {
+                let value = serde_json::to_value(&progress).unwrap_or_default();
+                answer(writer, &Answer::<()>::Progress(value)).is_ok()
+            };
+            let result = handler.verify(&mut progress);
+            answer(writer, &result.into())
+        }
+    }
+}
+
+fn answer<T: Serialize>(writer: &mut UnixStream, answer: &Answer<T>) -> io::Result<()> {
+    let mut line = serde_json::to_vec(answer)?;
+    line.push(b'\n');
+    writer.write_all(&line)
+}
+
+impl<T> From<Result<T, String>> for Answer<T> {
+    fn from(result: Result<T, String>) -> Self {
+        match result {
+            Ok(value) => Self::Ok(value),
+            Err(line) => Self::Error(line),
+        }
+    }
+}

@@ -1,0 +1,226 @@
+//! What the daemon answers on its control socket.
+
+use std::path::PathBuf;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Instant;
+
+use crossbeam::channel::Sender;
+
+use super::Wish;
+use super::rate::RateMeter;
+use crate::cache::SourceFacts;
+use crate::control::{
+    BlockStatus, ByteStatus, CacheStatus, Detached, FrontendStatus, Handler, HydrateStatus, SourceStatus, State,
+    Status, WireStatus,
+};
+use crate::device::{Core, HydrationState, Mode, Verifier, VerifyProgress, VerifyReport};
+use crate::remote::SourceStats;
+use crate::server::ServeStats;
+
+pub(super) struct DaemonHandler {
+    core: Arc<Core>,
+    started: Instant,
+    name: String,
+    uri: String,
+    facts: SourceFacts,
+    cache: PathBuf,
+    metadata: PathBuf,
+    source_stats: SourceStats,
+    serve_stats: ServeStats,
+    verifier: Mutex<Verifier>,
+    rate: Mutex<RateMeter>,
+    wishes: Mutex<Sender<Wish>>,
+    answered: Mutex<Option<Sender<()>>>,
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Bytes that only the source has. The last block may be short.
+pub(super) fn absent_bytes(core: &Core) -> u64 {
+    let (maps, geometry) = (core.maps(), core.geometry());
+    let whole = maps.absent_count() * geometry.block_bytes();
+    let last = geometry.blocks() - 1;
+    let short = geometry.blocks() * geometry.block_bytes() - geometry.size_bytes();
+    if maps.is_present(last) { whole } else { whole.saturating_sub(short) }
+}
+
+impl DaemonHandler {
+    #[allow(clippy::too_many_arguments)]
+    pub(super) fn new(
+        core: Arc<Core>,
+        name: String,
+        uri: String,
+        facts: SourceFacts,
+        (cache, metadata): (PathBuf, PathBuf),
+        source_stats: Option<SourceStats>,
+        serve_stats: ServeStats,
+        verifier: Verifier,
+        wishes: Sender<Wish>,
+    ) -> Self {
+        Self {
+            core,
+            started: Instant::now(),
+            name,
+            uri,
+            facts,
+            cache,
+            metadata,
+            source_stats: source_stats.unwrap_or_default(),
+            serve_stats,
+            verifier: Mutex::new(verifier),
+            rate: Mutex::default(),
+            wishes: Mutex::new(wishes),
+            answered: Mutex::default(),
+        }
+    }
+
+    pub(super) fn cache_path(&self) -> String {
+        self.cache.display().to_string()
+    }
+
+    /// Takes a sample for the rate, and the status with it.
+    pub(super) fn sample(&self) -> Status {
+        let present = self.core.geometry().size_bytes() - absent_bytes(&self.core);
+        lock(&self.rate).sample(Instant::now(), present);
+        self.snapshot()
+    }
+
+    pub(super) fn why_not_detached(&self) -> String {
+        format!(
+            "{} is not complete: {} bytes are still at the source only. Wait for hydration (`blkferry status {} --watch`), \
+             or detach with --incomplete and attach the same cache again later",
+            self.name,
+            absent_bytes(&self.core),
+            self.name
+        )
+    }
+
+    fn state(&self) -> State {
+        let health = &self.core.health;
+        match () {
+            () if health.has_failed() => State::Failed,
+            () if health.is_complete() => State::Complete,
+            () if health.lost().is_some() => State::Degraded,
+            () => State::Active,
+        }
+    }
+
+    pub(super) fn snapshot(&self) -> Status {
+        let (core, health) = (&self.core, &self.core.health);
+        let absent = absent_bytes(core);
+        let total = core.geometry().size_bytes();
+        let lost = health.lost();
+        Status {
+            name: self.name.clone(),
+            state: self.state(),
+            failure: health.failed(),
+            source_needed: !health.is_complete(),
+            pid: std::process::id(),
+            version: env!("CARGO_PKG_VERSION").into(),
+            uptime_s: self.started.elapsed().as_secs_f64(),
+            frontend: self.frontend(),
+            source: SourceStatus {
+                uri: self.facts.uri.clone(),
+                identity: self.facts.identity.clone(),
+                connections: self.source_stats.links(),
+                lost_s: lost.as_ref().map(|(since, _)| since.as_secs_f64()),
+                lost_reason: lost.map(|(_, reason)| reason),
+            },
+            cache: CacheStatus {
+                path: self.cache_path(),
+                metadata: self.metadata.display().to_string(),
+                commits: core.counters.commits.load(Ordering::Relaxed),
+            },
+            blocks: BlockStatus {
+                size_bytes: core.geometry().block_bytes(),
+                total: core.geometry().blocks(),
+                present: core.maps().present_count(),
+                dirty: core.maps().dirty_count(),
+                absent: core.maps().absent_count(),
+            },
+            bytes: ByteStatus { total, present: total - absent, absent },
+            wire: WireStatus {
+                received_bytes: self.source_stats.received_bytes(),
+                sent_bytes: self.source_stats.sent_bytes(),
+                data_bytes: self.source_stats.data_bytes(),
+            },
+            hydrate: self.hydrate(absent),
+        }
+    }
+
+    fn frontend(&self) -> FrontendStatus {
+        let counters = &self.core.counters;
+        FrontendStatus {
+            kind: "nbd".into(),
+            uri: self.uri.clone(),
+            clients: self.serve_stats.clients(),
+            read_hits: counters.read_hits.load(Ordering::Relaxed),
+            read_misses: counters.read_misses.load(Ordering::Relaxed),
+            read_bytes: counters.read_bytes.load(Ordering::Relaxed),
+            writes: counters.writes.load(Ordering::Relaxed),
+            written_bytes: counters.written_bytes.load(Ordering::Relaxed),
+            waiting_requests: counters.waiting.load(Ordering::Relaxed),
+        }
+    }
+
+    fn hydrate(&self, absent: u64) -> HydrateStatus {
+        let rate = lock(&self.rate).rate();
+        let (state, reason) = match self.core.hydration.state() {
+            _ if self.core.health.is_complete() => ("done", None),
+            HydrationState::Running => ("running", None),
+            HydrationState::Off => ("off", None),
+            HydrationState::Paused(reason) => ("paused", Some(reason)),
+            HydrationState::Done => ("done", None),
+        };
+        HydrateStatus {
+            mode: self.core.hydration.mode().to_string(),
+            state: state.into(),
+            reason,
+            rate_bytes_per_s: rate,
+            eta_s: (rate > 0.0 && absent > 0).then(|| absent as f64 / rate),
+        }
+    }
+}
+
+impl Handler for DaemonHandler {
+    fn status(&self) -> Status {
+        self.snapshot()
+    }
+
+    fn set(&self, key: &str, value: &str) -> Result<String, String> {
+        match key {
+            "hydrate" => {
+                let mode: Mode = value.parse().map_err(|e: crate::device::ModeError| e.to_string())?;
+                self.core.hydration.set_mode(mode);
+                Ok(mode.to_string())
+            }
+            "on-source-loss" if value == "wait" => Ok("wait".into()),
+            "on-source-loss" => Err(format!("on-source-loss={value:?}: this version knows wait only")),
+            _ => Err(format!("there is no setting {key:?}; use hydrate=auto|off|RATE or on-source-loss=wait")),
+        }
+    }
+
+    fn detach(&self, incomplete: bool) -> Result<Detached, String> {
+        let (answer, said) = crossbeam::channel::bounded(1);
+        let (tell, answered) = crossbeam::channel::bounded(1);
+        *lock(&self.answered) = Some(tell);
+        let wish = Wish::Detach { incomplete, answer, answered };
+        lock(&self.wishes).send(wish).map_err(|_| "the daemon is stopping already".to_owned())?;
+        said.recv().unwrap_or_else(|_| Err("the daemon is stopping already".into()))
+    }
+
+    fn detach_answered(&self) {
+        if let Some(answered) = lock(&self.answered).take() {
+            // The main loop may have given up waiting.
+            let _ = answered.send(());
+        }
+    }
+
+    fn verify(&self, progress: &mut dyn FnMut(VerifyProgress) -> bool) -> Result<VerifyReport, String> {
+        let verifier = lock(&self.verifier).clone();
+        verifier.run(&self.facts.uri, &self.facts.identity, progress)
+    }
+}
