@@ -236,3 +236,24 @@ fn every_pair_with_one_failure_anywhere() {
 fn every_pair_with_a_crash_anywhere() {
     explore_all(pairs(), Trouble::Crash);
 }
+
+#[test]
+#[ignore]
+fn count() {
+    for setup in devices() {
+        for inputs in pairs() {
+            for trouble in [Trouble::None, Trouble::Failure, Trouble::Crash] {
+                let mut path = Path::default();
+                let mut n = 0u64;
+                while n < 300_000 {
+                    n += 1;
+                    run(&setup, &inputs, trouble, Options::default(), &mut path).1.unwrap();
+                    if !path.advance() {
+                        break;
+                    }
+                }
+                println!("{n} {trouble:?} {inputs:?}");
+            }
+        }
+    }
+}
