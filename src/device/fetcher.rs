@@ -158,14 +158,10 @@ async fn fetch_main(uri: Option<Uri>, requests: Mailbox<FetchRequest>, said: Sai
     if said.send(Ok(hello)).is_err() {
         return;
     }
-    loop {
-        match requests.recv().await {
-            FetchRequest::Begin { core, cache } => {
-                return Fetcher::new(core, cache, source).run(requests).await;
-            }
-            FetchRequest::Stop => return,
-            _ => unreachable!("nothing is asked before the device exists"),
-        }
+    match requests.recv().await {
+        FetchRequest::Begin { core, cache } => Fetcher::new(core, cache, source).run(requests).await,
+        FetchRequest::Stop => {}
+        _ => unreachable!("nothing is asked before the device exists"),
     }
 }
 

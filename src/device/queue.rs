@@ -33,12 +33,14 @@ pub(super) enum QueueMessage {
 
 /// The parts of an answer with their offsets, in no order.
 type Pieces = Vec<(u64, Part)>;
+/// How a request ended, and what it read.
+type Answer = (Result<(), Errno>, Pieces);
 
 struct Open {
     start: u64,
     payload: Arc<Vec<u8>>,
     pieces: Pieces,
-    done: oneshot::Sender<(Result<(), Errno>, Pieces)>,
+    done: oneshot::Sender<Answer>,
 }
 
 /// See the module's page. Lives on one thread.
@@ -197,7 +199,7 @@ impl Queue {
 
     // ---- through the engine ------------------------------------------------------------------------
 
-    fn register(&self, start: u64, payload: Vec<u8>) -> (OpId, oneshot::Receiver<(Result<(), Errno>, Pieces)>) {
+    fn register(&self, start: u64, payload: Vec<u8>) -> (OpId, oneshot::Receiver<Answer>) {
         let op = Core::op_id(self.index, self.next.get());
         self.next.set(self.next.get() + 1);
         let (done, answer) = oneshot::channel();
@@ -206,7 +208,7 @@ impl Queue {
         (op, answer)
     }
 
-    async fn submit(&self, kind: OpKind, range: ByteRange, payload: Vec<u8>) -> (Result<(), Errno>, Pieces) {
+    async fn submit(&self, kind: OpKind, range: ByteRange, payload: Vec<u8>) -> Answer {
         let (op, answer) = self.register(range.start, payload);
         self.core.counters.waiting.fetch_add(1, Ordering::Relaxed);
         self.core.apply(Event::Submit { op, kind, range });

@@ -50,11 +50,6 @@ pub struct Inflight {
 }
 
 impl Inflight {
-    /// Is nothing on its way?
-    pub fn is_empty(&self) -> bool {
-        self.spans.is_empty()
-    }
-
     /// The owner at `block` and the end of what it owns there, or the start of the next owned run.
     pub fn look(&self, block: u64) -> (Option<Owner>, u64) {
         if let Some((_, span)) = self.spans.range(..=block).next_back()
@@ -149,6 +144,6 @@ mod tests {
         table.give(BlockRun::new(12, 14), Owner::Overwriting(IoId(7)));
         assert_eq!(table.owned(BlockRun::new(10, 20), fetch), [BlockRun::new(10, 12), BlockRun::new(14, 20)]);
         table.free(BlockRun::new(0, 100));
-        assert!(table.is_empty());
+        assert!(table.spans.is_empty());
     }
 }

@@ -7,7 +7,6 @@
 //! Each bit that changes also flags its *map page* (see [`PAGE_BLOCKS`]) as changed, after the bit
 //! itself. A commit takes the flags, then reads the words: a bit that it misses has its flag still to come.
 
-use std::ops::RangeInclusive;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -71,8 +70,7 @@ fn zeroed(words: usize) -> Box<[AtomicU64]> {
 
 /// The words that a run of blocks touches, each with the mask of the run's bits in it.
 fn masks(run: BlockRun) -> impl Iterator<Item = (usize, u64)> {
-    let words = if run.is_empty() { 1..=0 } else { run.start / 64..=(run.end - 1) / 64 };
-    let words: RangeInclusive<u64> = words;
+    let words = if run.is_empty() { 0..0 } else { run.start / 64..(run.end - 1) / 64 + 1 };
     words.map(move |word| {
         let low = run.start.saturating_sub(word * 64);
         let high = (run.end - word * 64).min(64);

@@ -59,12 +59,12 @@ pub(super) fn data(structured: bool, single: bool, cookie: u64, offset: u64, pie
 
 /// The answer to BLOCK_STATUS.
 pub(super) fn block_status(cookie: u64, context_id: u32, extents: &[DiskExtent]) -> Vec<Part> {
-    let longest = u64::from(u32::MAX & !0xffff);
     let to_wire = |extent: &DiskExtent| {
         let mut flags = StateFlags::empty();
         flags.set(StateFlags::HOLE, extent.hole);
         flags.set(StateFlags::ZERO, extent.zero);
-        Extent { len: extent.len_bytes.min(longest) as u32, flags }
+        let len = u32::try_from(extent.len_bytes).expect("extents lie in a request, which is shorter than 4 GiB");
+        Extent { len, flags }
     };
     let extents: Vec<Extent> = extents.iter().map(to_wire).collect();
     let mut head = Vec::new();
