@@ -193,14 +193,20 @@ impl Cache {
             // Before the data file is looked at: a source of another size gets the right error.
             check_same(&MetadataFile::open(&options.metadata)?.1.superblock, source, options.block_bytes)?;
         }
+        let superblock = new_superblock(source, block_bytes)?;
+        let made_by_us = !options.data.exists();
         let data = DataFile::open(&options.data, &options.metadata, source.size_bytes, fresh)?;
-        let (metadata, recovered) = if fresh {
-            let superblock = new_superblock(source, block_bytes)?;
-            MetadataFile::create(&options.metadata, &superblock)?
+        let opened = if fresh {
+            MetadataFile::create(&options.metadata, &superblock)
         } else {
             // Read again, now under the lock.
-            MetadataFile::open(&options.metadata)?
+            MetadataFile::open(&options.metadata)
         };
+        if opened.is_err() && made_by_us {
+            // Gone already is as good.
+            let _ = fs::remove_file(&options.data);
+        }
+        let (metadata, recovered) = opened?;
         Self::with_maps(options, source, data, metadata, recovered, fresh)
     }
 

@@ -2,7 +2,6 @@
 
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -12,7 +11,6 @@ use serde::Serialize;
 use super::protocol::{Answer, Detached, Request};
 use super::status::Status;
 use crate::device::{VerifyProgress, VerifyReport};
-use crate::uring::{BindError, bind_private};
 
 /// Clients served at a time.
 const MAX_CLIENTS: usize = 16;
@@ -39,12 +37,10 @@ pub trait Handler: Send + Sync + 'static {
 pub struct ControlServer;
 
 impl ControlServer {
-    /// Listens on `path`.
-    pub fn start(path: &Path, handler: Arc<dyn Handler>) -> Result<Self, BindError> {
-        let refused = |e: io::Error| BindError::Refused(path.display().to_string(), e);
-        let listener = bind_private(path)?;
+    /// Answers whoever connects to `listener`.
+    pub fn start(listener: UnixListener, handler: Arc<dyn Handler>) -> io::Result<Self> {
         let accept = move || accept(&listener, &handler);
-        std::thread::Builder::new().name("control".into()).spawn(accept).map_err(refused)?;
+        std::thread::Builder::new().name("control".into()).spawn(accept)?;
         Ok(Self)
     }
 }

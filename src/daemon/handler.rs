@@ -18,16 +18,26 @@ use crate::device::{Core, HydrationState, Mode, Verifier, VerifyProgress, Verify
 use crate::remote::SourceStats;
 use crate::server::ServeStats;
 
+/// What a device is, for as long as its daemon runs.
+pub(super) struct DeviceFacts {
+    pub(super) name: String,
+    pub(super) uri: String,
+    pub(super) source: SourceFacts,
+    pub(super) cache: PathBuf,
+    pub(super) metadata: PathBuf,
+}
+
+/// Counters of the parts.
+pub(super) struct Meters {
+    pub(super) source: SourceStats,
+    pub(super) serve: ServeStats,
+}
+
 pub(super) struct DaemonHandler {
     core: Arc<Core>,
     started: Instant,
-    name: String,
-    uri: String,
-    facts: SourceFacts,
-    cache: PathBuf,
-    metadata: PathBuf,
-    source_stats: SourceStats,
-    serve_stats: ServeStats,
+    device: DeviceFacts,
+    meters: Meters,
     verifier: Mutex<Verifier>,
     rate: Mutex<RateMeter>,
     wishes: Mutex<Sender<Wish>>,
@@ -48,28 +58,18 @@ pub(super) fn absent_bytes(core: &Core) -> u64 {
 }
 
 impl DaemonHandler {
-    #[allow(clippy::too_many_arguments)]
     pub(super) fn new(
         core: Arc<Core>,
-        name: String,
-        uri: String,
-        facts: SourceFacts,
-        (cache, metadata): (PathBuf, PathBuf),
-        source_stats: Option<SourceStats>,
-        serve_stats: ServeStats,
+        device: DeviceFacts,
+        meters: Meters,
         verifier: Verifier,
         wishes: Sender<Wish>,
     ) -> Self {
         Self {
             core,
             started: Instant::now(),
-            name,
-            uri,
-            facts,
-            cache,
-            metadata,
-            source_stats: source_stats.unwrap_or_default(),
-            serve_stats,
+            device,
+            meters,
             verifier: Mutex::new(verifier),
             rate: Mutex::default(),
             wishes: Mutex::new(wishes),
@@ -78,7 +78,7 @@ impl DaemonHandler {
     }
 
     pub(super) fn cache_path(&self) -> String {
-        self.cache.display().to_string()
+        self.device.cache.display().to_string()
     }
 
     /// Takes a sample for the rate, and the status with it.
@@ -92,9 +92,9 @@ impl DaemonHandler {
         format!(
             "{} is not complete: {} bytes are still at the source only. Wait for hydration (`blkferry status {} --watch`), \
              or detach with --incomplete and attach the same cache again later",
-            self.name,
+            self.device.name,
             absent_bytes(&self.core),
-            self.name
+            self.device.name
         )
     }
 
@@ -114,7 +114,7 @@ impl DaemonHandler {
         let total = core.geometry().size_bytes();
         let lost = health.lost();
         Status {
-            name: self.name.clone(),
+            name: self.device.name.clone(),
             state: self.state(),
             failure: health.failed(),
             source_needed: !health.is_complete(),
@@ -123,15 +123,15 @@ impl DaemonHandler {
             uptime_s: self.started.elapsed().as_secs_f64(),
             frontend: self.frontend(),
             source: SourceStatus {
-                uri: self.facts.uri.clone(),
-                identity: self.facts.identity.clone(),
-                connections: self.source_stats.links(),
+                uri: self.device.source.uri.clone(),
+                identity: self.device.source.identity.clone(),
+                connections: self.meters.source.links(),
                 lost_s: lost.as_ref().map(|(since, _)| since.as_secs_f64()),
                 lost_reason: lost.map(|(_, reason)| reason),
             },
             cache: CacheStatus {
                 path: self.cache_path(),
-                metadata: self.metadata.display().to_string(),
+                metadata: self.device.metadata.display().to_string(),
                 commits: core.counters.commits.load(Ordering::Relaxed),
             },
             blocks: BlockStatus {
@@ -143,9 +143,9 @@ impl DaemonHandler {
             },
             bytes: ByteStatus { total, present: total - absent, absent },
             wire: WireStatus {
-                received_bytes: self.source_stats.received_bytes(),
-                sent_bytes: self.source_stats.sent_bytes(),
-                data_bytes: self.source_stats.data_bytes(),
+                received_bytes: self.meters.source.received_bytes(),
+                sent_bytes: self.meters.source.sent_bytes(),
+                data_bytes: self.meters.source.data_bytes(),
             },
             hydrate: self.hydrate(absent),
         }
@@ -155,8 +155,8 @@ impl DaemonHandler {
         let counters = &self.core.counters;
         FrontendStatus {
             kind: "nbd".into(),
-            uri: self.uri.clone(),
-            clients: self.serve_stats.clients(),
+            uri: self.device.uri.clone(),
+            clients: self.meters.serve.clients(),
             read_hits: counters.read_hits.load(Ordering::Relaxed),
             read_misses: counters.read_misses.load(Ordering::Relaxed),
             read_bytes: counters.read_bytes.load(Ordering::Relaxed),
@@ -221,6 +221,6 @@ impl Handler for DaemonHandler {
 
     fn verify(&self, progress: &mut dyn FnMut(VerifyProgress) -> bool) -> Result<VerifyReport, String> {
         let verifier = lock(&self.verifier).clone();
-        verifier.run(&self.facts.uri, &self.facts.identity, progress)
+        verifier.run(&self.device.source.uri, &self.device.source.identity, progress)
     }
 }

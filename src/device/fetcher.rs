@@ -105,10 +105,7 @@ impl FetchThread {
                 Ok(reactor) => reactor,
                 Err(e) => return drop(said.send(Err(e.into()))),
             };
-            if let Err(e) = reactor.block_on(fetch_main(source, requests, said)) {
-                log::error!("the fetch thread's ring broke: {e}");
-                std::process::abort();
-            }
+            reactor.block_on(fetch_main(source, requests, said)).expect("a ring that worked goes on working");
         };
         let handle = std::thread::Builder::new().name("fetch".into()).spawn(run)?;
         let hello = hello.recv().unwrap_or_else(|_| Err(io::Error::other("it ended at once").into()))?;
@@ -132,7 +129,7 @@ impl FetchThread {
     /// Ends the thread. Stores in flight are finished or were never said to be done.
     pub fn stop(self) {
         self.mailbox.send(FetchRequest::Stop);
-        // A panic there was reported there.
+        // A panic there has ended the process.
         let _ = self.handle.join();
     }
 }

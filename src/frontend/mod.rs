@@ -4,4 +4,4 @@
 
 mod nbd;
 
-pub use nbd::{FrontendError, NbdFrontend};
+pub use nbd::{FrontendError, NbdFrontend, Presentation};

@@ -1,19 +1,16 @@
 //! The device as an NBD export, read-write, on a unix socket.
 
 use std::io;
-use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::Sender;
-
 use crate::device::{Core, Queue};
 use crate::engine::{ByteRange, Errno};
 use crate::nbd::{DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, TransmissionFlags};
 use crate::server::{Disk, DiskExtent, ServeStats, Server};
-use crate::uring::{BindError, FileIo, Listener, Mailbox, Part, Reactor, UringError, spawn};
+use crate::uring::{FileIo, Listener, Mailbox, Part, Reactor, UringError, spawn};
 
 /// How long requests under way may take when the daemon stops; those that wait for a lost source are let go.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
@@ -24,12 +21,18 @@ pub enum FrontendError {
     /// No ring.
     #[error(transparent)]
     Uring(#[from] UringError),
-    /// No socket.
-    #[error(transparent)]
-    Bind(#[from] BindError),
     /// No thread.
     #[error("cannot start the frontend thread: {0}")]
     Thread(#[from] io::Error),
+}
+
+/// How the device shows itself.
+#[derive(Clone, Debug)]
+pub struct Presentation {
+    /// Name of the export; it is the default export too.
+    pub name: String,
+    /// Can the cache turn ranges into zeros without writing them?
+    pub fast_zero: bool,
 }
 
 /// The running frontend.
@@ -40,28 +43,32 @@ pub struct NbdFrontend {
 }
 
 impl NbdFrontend {
-    /// Serves the device on `socket` under `name` (and as the default export), on queue 0. Listening when this returns.
+    /// Serves the device to whoever connects to `listener`, on queue 0.
     pub fn start(
         core: Arc<Core>,
         cache: FileIo,
-        socket: PathBuf,
-        name: String,
-        fast_zero: bool,
+        listener: Listener,
+        presentation: Presentation,
     ) -> Result<Self, FrontendError> {
         let stop = Mailbox::default();
         let stats = ServeStats::default();
-        let (said, ready) = crossbeam::channel::bounded(1);
+        let (said, ready) = crossbeam::channel::bounded::<Result<(), FrontendError>>(1);
         let (stop_inside, stats_inside) = (stop.clone(), stats.clone());
         let run = move || {
             let reactor = match Reactor::new() {
                 Ok(reactor) => reactor,
                 Err(e) => return drop(said.send(Err(e.into()))),
             };
-            let main = frontend_main(core, cache, socket, name, fast_zero, stats_inside, stop_inside, said);
-            if let Err(e) = reactor.block_on(main) {
-                log::error!("the frontend's ring broke: {e}");
-                std::process::abort();
-            }
+            // The other side waits for this one word.
+            let _ = said.send(Ok(()));
+            let serve = async move {
+                let queue = Queue::new(core, 0, cache);
+                let _worker = spawn(queue.clone().run());
+                let server = Server::start(listener, Rc::new(DeviceDisk { queue, presentation }), stats_inside);
+                stop_inside.recv().await;
+                server.stop(STOP_PATIENCE).await;
+            };
+            reactor.block_on(serve).expect("a ring that worked goes on working");
         };
         let handle = std::thread::Builder::new().name("nbd".into()).spawn(run)?;
         ready.recv().unwrap_or_else(|_| Err(io::Error::other("it ended at once").into()))?;
@@ -76,39 +83,14 @@ impl NbdFrontend {
     /// Finishes what is under way, if that takes no longer than a few seconds, and hangs up.
     pub fn stop(self) {
         self.stop.send(());
-        // A panic there was reported there.
+        // A panic there has ended the process.
         let _ = self.handle.join();
     }
 }
 
-#[allow(clippy::too_many_arguments)]
-async fn frontend_main(
-    core: Arc<Core>,
-    cache: FileIo,
-    socket: PathBuf,
-    name: String,
-    fast_zero: bool,
-    stats: ServeStats,
-    stop: Mailbox<()>,
-    said: Sender<Result<(), FrontendError>>,
-) {
-    let listener = match Listener::unix(&socket) {
-        Ok(listener) => listener,
-        Err(e) => return drop(said.send(Err(e.into()))),
-    };
-    let queue = Queue::new(core, 0, cache);
-    let _worker = spawn(queue.clone().run());
-    let server = Server::start(listener, Rc::new(DeviceDisk { queue, name, fast_zero }), stats);
-    if said.send(Ok(())).is_ok() {
-        stop.recv().await;
-    }
-    server.stop(STOP_PATIENCE).await;
-}
-
 struct DeviceDisk {
     queue: Rc<Queue>,
-    name: String,
-    fast_zero: bool,
+    presentation: Presentation,
 }
 
 fn nbd_error(errno: Errno) -> NbdError {
@@ -126,13 +108,13 @@ impl Disk for DeviceDisk {
             | TransmissionFlags::SEND_DF
             | TransmissionFlags::CAN_MULTI_CONN
             | TransmissionFlags::SEND_CACHE;
-        flags.set(TransmissionFlags::SEND_FAST_ZERO, self.fast_zero);
+        flags.set(TransmissionFlags::SEND_FAST_ZERO, self.presentation.fast_zero);
         ExportInfo {
             description: Some("ferried by blkferry".into()),
             min_block: 1,
             preferred_block: geometry.block_bytes() as u32,
             max_block: DEFAULT_MAX_PAYLOAD,
-            ..ExportInfo::new(self.name.clone(), geometry.size_bytes(), flags)
+            ..ExportInfo::new(self.presentation.name.clone(), geometry.size_bytes(), flags)
         }
     }
 
