@@ -6,7 +6,7 @@ fn main() -> ExitCode {
     match blkferry::cli::run() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("blkferry: {error:#}");
+            eprintln!("blkferry: {}", blkferry::cli::one_line(&error));
             ExitCode::FAILURE
         }
     }

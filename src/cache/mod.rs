@@ -6,7 +6,7 @@
 //!   live map  the maps as the running daemon has them, on tmpfs: survives the daemon, not the host
 //! ```
 //!
-//! Invariants: a durable present bit implies durable data (I1; see [`commit`]); a page is never written
+//! Invariants: a durable present bit implies durable data (I1; see [`Committer::commit`]); a page is never written
 //! over its newest copy; damage is told from a torn write, and is refused, not repaired by guessing.
 
 mod commit;

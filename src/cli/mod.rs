@@ -60,6 +60,19 @@ pub fn run() -> anyhow::Result<ExitCode> {
     }
 }
 
+/// An error and its causes in one line. Most of our errors quote their cause themselves; it is not said twice.
+pub fn one_line(error: &anyhow::Error) -> String {
+    let mut line = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if line.is_empty() {
+            line = cause;
+        } else if !line.contains(&cause) {
+            line = format!("{line}: {cause}");
+        }
+    }
+    line.replace('\n', " ")
+}
+
 fn init_log(verbose: u8) {
     let level = ["info", "debug", "trace"][usize::from(verbose.min(2))];
     let environment = env_logger::Env::new().filter_or("BLKFERRY_LOG", level);
