@@ -164,18 +164,20 @@ impl MetadataFile {
         Ok((Self { file, path: path.into(), pages }, recovered))
     }
 
+    /// Reads the superblock only.
+    pub fn peek(path: &Path) -> Result<Superblock, MetadataError> {
+        let io = |source| MetadataError::Io { path: path.into(), action: "open", source };
+        Ok(read_superblock(path, &File::open(path).map_err(io)?)?.0)
+    }
+
     /// Opens and reads the file of an existing cache. Changes nothing.
     pub fn open(path: &Path) -> Result<(Self, Recovered), MetadataError> {
         let io = |action| move |source| MetadataError::Io { path: path.into(), action, source };
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(io("open"))?;
-        let found = file.metadata().map_err(io("stat"))?.len();
-        if found < SUPERBLOCK_COPIES * PAGE_BYTES as u64 {
-            return Err(MetadataError::NotMetadata(path.into()));
-        }
         let (superblock, superblock_newest) = read_superblock(path, &file)?;
         let geometry = geometry_of(path, &superblock)?;
         let pages = Maps::pages(geometry);
-        let expected = file_bytes(pages);
+        let (found, expected) = (file.metadata().map_err(io("stat"))?.len(), file_bytes(pages));
         if found < expected {
             return Err(MetadataError::Truncated { path: path.into(), found, expected });
         }
@@ -262,6 +264,10 @@ fn geometry_of(path: &Path, superblock: &Superblock) -> Result<Geometry, Metadat
 fn read_superblock(path: &Path, file: &File) -> Result<(Superblock, Newest), MetadataError> {
     let damaged = || MetadataError::Damaged { path: path.into(), what: "the superblock".into() };
     let mut states = Vec::new();
+    let stat = |source| MetadataError::Io { path: path.into(), action: "stat", source };
+    if file.metadata().map_err(stat)?.len() < SUPERBLOCK_COPIES * PAGE_BYTES as u64 {
+        return Err(MetadataError::NotMetadata(path.into()));
+    }
     for copy in 0..SUPERBLOCK_COPIES {
         let mut bytes = vec![0; PAGE_BYTES];
         let result = file.read_exact_at(&mut bytes, copy * PAGE_BYTES as u64);

@@ -178,7 +178,7 @@ pub fn peek(metadata: &Path) -> Result<Option<Superblock>, MetadataError> {
     if !metadata.exists() {
         return Ok(None);
     }
-    Ok(Some(MetadataFile::open(metadata)?.1.superblock))
+    Ok(Some(MetadataFile::peek(metadata)?))
 }
 
 impl Cache {
@@ -191,7 +191,7 @@ impl Cache {
         }
         if !fresh {
             // Before the data file is looked at: a source of another size gets the right error.
-            check_same(&MetadataFile::open(&options.metadata)?.1.superblock, source, options.block_bytes)?;
+            check_same(&MetadataFile::peek(&options.metadata)?, source, options.block_bytes)?;
         }
         let superblock = new_superblock(source, block_bytes)?;
         let made_by_us = !options.data.exists();
