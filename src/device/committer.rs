@@ -6,22 +6,15 @@ use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
-use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
+use crossbeam::channel::{Receiver, RecvTimeoutError};
 
 use super::core::Core;
+use super::messages::CommitRequest;
 use crate::cache::{CacheState, Store};
 use crate::engine::{Errno, Event};
 
 /// Bits of merely fetched blocks are committed at this pace.
 const COMMIT_PERIOD: Duration = Duration::from_secs(1);
-
-/// What the commit thread is asked for.
-pub(crate) enum CommitRequest {
-    /// A commit, answered to the engine.
-    Commit,
-    /// The last one: commit, record how things stand, and end. The answer: is the cache left in order?
-    Stop(Sender<io::Result<()>>),
-}
 
 /// The running thread.
 pub struct CommitThread {

@@ -6,10 +6,8 @@ use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender;
 
-use super::committer::CommitRequest;
-use super::fetcher::FetchRequest;
 use super::hydration::Hydration;
-use super::queue::QueueMessage;
+use super::messages::{CommitRequest, FetchRequest, QueueMessage};
 use crate::engine::{Action, ByteRange, Engine, Event, Geometry, Maps, OpId};
 use crate::remote::FetchedData;
 use crate::uring::Mailbox;

@@ -6,20 +6,16 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender;
-use futures_channel::oneshot;
-use futures_util::FutureExt;
-use futures_util::future::select;
 
 use super::core::Core;
-use super::hydration::{HydrationState, Mode, Pacer};
-use super::verify::{Verifier, VerifyRequest, verify};
-use crate::engine::{Action, BlockRun, ByteRange, Errno, Event, Extent, FetchId, Lane};
+use super::messages::FetchRequest;
+use super::verify::{Verifier, verify};
+use crate::engine::{BlockRun, ByteRange, Errno, Event, Extent, FetchId, Lane};
 use crate::nbd::Uri;
 use crate::remote::{DialError, FetchedData, Lost, Source, SourceEvents, SourceStats};
-use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, UringError, ZeroMode, sleep, spawn};
+use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, UringError, ZeroMode, spawn};
 
 /// Most bytes that one fetch asks for.
 pub const MAX_FETCH_BYTES: u64 = 1 << 20;
@@ -27,35 +23,6 @@ pub const MAX_FETCH_BYTES: u64 = 1 << 20;
 const BULK_WINDOW_BYTES: usize = 24 << 20;
 /// Bytes that demand may have in flight.
 const DEMAND_WINDOW_BYTES: usize = 64 << 20;
-/// Pause of hydration after a failure, before it tries again.
-const RETRY_PAUSE: Duration = Duration::from_secs(2);
-
-/// Work for the fetch thread.
-pub(crate) enum FetchRequest {
-    /// The device exists now: begin.
-    Begin {
-        core: Arc<Core>,
-        cache: FileIo,
-    },
-    Fetch {
-        fetch: FetchId,
-        run: BlockRun,
-        lane: Lane,
-    },
-    Store {
-        fetch: FetchId,
-        run: BlockRun,
-    },
-    Release {
-        fetch: FetchId,
-    },
-    Extents {
-        range: ByteRange,
-        answer: oneshot::Sender<Vec<Extent>>,
-    },
-    Verify(VerifyRequest),
-    Stop,
-}
 
 /// What the source said when it was opened.
 #[derive(Clone, Debug)]
@@ -169,17 +136,18 @@ struct Held {
     _share: Lent,
 }
 
-struct Fetcher {
-    core: Arc<Core>,
+/// The fetch thread's own state.
+pub(super) struct Fetcher {
+    pub(super) core: Arc<Core>,
     cache: FileIo,
-    source: RefCell<Option<Rc<Source>>>,
+    pub(super) source: RefCell<Option<Rc<Source>>>,
     held: RefCell<HashMap<FetchId, Held>>,
     demand: Budget,
-    bulk: Budget,
+    pub(super) bulk: Budget,
     /// Rung when a fetch ended or extents came: hydration may have something to do again.
-    progress: event_listener::Event,
+    pub(super) progress: event_listener::Event,
     /// Why hydration should pause, if it should.
-    trouble: RefCell<Option<String>>,
+    pub(super) trouble: RefCell<Option<String>>,
 }
 
 struct Reporter {
@@ -245,7 +213,7 @@ impl Fetcher {
         self.source.borrow().clone()
     }
 
-    async fn extents(&self, range: ByteRange, lane: Lane) -> Vec<Extent> {
+    pub(super) async fn extents(&self, range: ByteRange, lane: Lane) -> Vec<Extent> {
         match self.source() {
             Some(source) => source.extents(range, lane).await,
             None => Vec::new(),
@@ -254,7 +222,7 @@ impl Fetcher {
 
     // ---- fetch, store, release ---------------------------------------------------------------------
 
-    fn start_fetch(self: &Rc<Self>, fetch: FetchId, run: BlockRun, lane: Lane, share: Option<Lent>) {
+    pub(super) fn start_fetch(self: &Rc<Self>, fetch: FetchId, run: BlockRun, lane: Lane, share: Option<Lent>) {
         let this = self.clone();
         let range = self.core.geometry().bytes_of(run);
         spawn(async move {
@@ -316,7 +284,7 @@ impl Fetcher {
         .detach();
     }
 
-    fn start_store_zero(self: &Rc<Self>, fetch: FetchId, run: BlockRun, share: Lent) {
+    pub(super) fn start_store_zero(self: &Rc<Self>, fetch: FetchId, run: BlockRun, share: Lent) {
         let range = self.core.geometry().bytes_of(run);
         self.held.borrow_mut().insert(fetch, Held { data: None, _share: share });
         let this = self.clone();
@@ -341,90 +309,5 @@ impl Fetcher {
     fn release(&self, fetch: FetchId) {
         self.held.borrow_mut().remove(&fetch);
         self.progress.notify(usize::MAX);
-    }
-
-    // ---- hydration ---------------------------------------------------------------------------------
-
-    async fn hydrate(self: Rc<Self>) {
-        let mut pacer = Pacer::new(Instant::now());
-        let hydration = &self.core.hydration;
-        loop {
-            let changed = hydration.changed.listen();
-            if self.core.health.is_complete() {
-                hydration.set_state(HydrationState::Done);
-                self.hang_up();
-                return;
-            }
-            let mode = hydration.mode();
-            if mode == Mode::Off {
-                hydration.set_state(HydrationState::Off);
-                changed.await;
-                continue;
-            }
-            if self.core.health.has_failed() {
-                hydration.set_state(HydrationState::Paused("the device has stopped".into()));
-                changed.await;
-                continue;
-            }
-            let trouble = self.trouble.borrow_mut().take();
-            if let Some(reason) = trouble {
-                hydration.set_state(HydrationState::Paused(reason));
-                sleep(RETRY_PAUSE).await;
-                continue;
-            }
-            let share = self.bulk.take(MAX_FETCH_BYTES as usize).await;
-            if hydration.mode() != mode {
-                continue;
-            }
-            hydration.set_state(HydrationState::Running);
-            self.hydrate_step(share, mode, &mut pacer).await;
-        }
-    }
-
-    /// Starts one fetch (or waits until there is one to start), and keeps to the rate.
-    async fn hydrate_step(self: &Rc<Self>, share: Lent, mode: Mode, pacer: &mut Pacer) {
-        let progress = self.progress.listen();
-        let mut actions = Vec::new();
-        self.core.apply_into(Event::Hydrate, &mut actions);
-        debug_assert!(actions.len() <= 1, "one step, one action");
-        match actions.pop() {
-            Some(Action::Fetch { fetch, run, lane }) => {
-                let bytes = self.core.geometry().bytes_of(run).len();
-                self.start_fetch(fetch, run, lane, Some(share));
-                if let Mode::Rate(rate) = mode {
-                    let wait = pacer.spend(Instant::now(), rate, bytes);
-                    let changed = self.core.hydration.changed.listen();
-                    select(sleep(wait).boxed_local(), changed).await;
-                }
-            }
-            Some(Action::StoreZero { fetch, run }) => self.start_store_zero(fetch, run, share),
-            Some(Action::QueryExtents { run }) => {
-                drop(share);
-                let extents = self.extents(self.core.geometry().bytes_of(run), Lane::Bulk).await;
-                self.core.apply(Event::Extents { extents });
-            }
-            Some(Action::HydrationWaits) => {
-                drop(share);
-                select(progress, sleep(RETRY_PAUSE).boxed_local()).await;
-            }
-            Some(Action::HydrationDone) => {
-                drop(share);
-                self.core.hydration.set_state(HydrationState::Done);
-                // The commit thread records completion, and rings.
-                let changed = self.core.hydration.changed.listen();
-                if !self.core.health.is_complete() {
-                    select(changed, sleep(RETRY_PAUSE).boxed_local()).await;
-                }
-            }
-            other => unreachable!("hydration is answered with a step, not {other:?}"),
-        }
-    }
-
-    /// The source is no longer needed: close its connections, so that it may be switched off unnoticed.
-    fn hang_up(&self) {
-        if let Some(source) = self.source.borrow_mut().take() {
-            source.hang_up();
-            self.core.health.set_found();
-        }
     }
 }

@@ -17,6 +17,8 @@ mod committer;
 mod core;
 mod fetcher;
 mod hydration;
+mod hydrator;
+mod messages;
 mod queue;
 mod verify;
 
@@ -24,5 +26,6 @@ pub use committer::CommitThread;
 pub use core::{Core, Counters, Health};
 pub use fetcher::{FetchThread, FetchThreadError, MAX_FETCH_BYTES, SourceHello};
 pub use hydration::{Hydration, HydrationState, Mode, ModeError};
+pub use messages::{VerifyProgress, VerifyReport};
 pub use queue::Queue;
-pub use verify::{Verifier, VerifyProgress, VerifyReport};
+pub use verify::Verifier;

@@ -13,23 +13,14 @@ use std::sync::atomic::Ordering;
 use futures_channel::oneshot;
 
 use super::core::Core;
-use super::fetcher::FetchRequest;
-use crate::engine::{ByteRange, Errno, Event, Extent, IoId, OpId, OpKind};
+use super::messages::{FetchRequest, QueueMessage};
+use crate::engine::{ByteRange, Errno, Event, Extent, OpId, OpKind};
 use crate::uring::{FileExtent, FileIo, Part, ZeroMode, spawn};
 
 /// Piece in which a prefetch is asked for, so that a request for gigabytes stays bounded.
 const PREFETCH_PIECE_BYTES: u64 = 1 << 20;
 /// Pieces of one prefetch under way at a time.
 const PREFETCH_PIECES: usize = 8;
-
-/// Work that the engine has for the owner of a request.
-pub(super) enum QueueMessage {
-    Read { io: IoId, op: OpId, range: ByteRange },
-    Write { io: IoId, op: OpId, range: ByteRange, dsync: bool },
-    Zero { io: IoId, range: ByteRange, keep_allocated: bool },
-    Deliver { io: IoId, op: OpId, range: ByteRange, pieces: Vec<Part> },
-    Complete { op: OpId, result: Result<(), Errno> },
-}
 
 /// The parts of an answer with their offsets, in no order.
 type Pieces = Vec<(u64, Part)>;

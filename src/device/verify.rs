@@ -7,13 +7,12 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use crossbeam::channel::{Sender, TrySendError};
-use serde::{Deserialize, Serialize};
+use crossbeam::channel::TrySendError;
 
 use super::core::Core;
-use super::fetcher::FetchRequest;
+use super::messages::{FetchRequest, VerifyMessage, VerifyProgress, VerifyReport, VerifyRequest};
 use crate::engine::{BlockRun, ByteRange, Lane};
-use crate::nbd::{Uri, UriError};
+use crate::nbd::UriError;
 use crate::remote::Source;
 use crate::server::HASH_PIECE_BYTES;
 use crate::uring::{FileIo, Mailbox, sleep};
@@ -22,34 +21,6 @@ use crate::uring::{FileIo, Mailbox, sleep};
 const STEP_BYTES: u64 = 4 << 20;
 /// Differences that are named one by one.
 const MAX_NAMED: usize = 16;
-
-/// How far a verification is.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VerifyProgress {
-    /// Bytes of the disk looked at.
-    pub done_bytes: u64,
-    /// Size of the disk in bytes.
-    pub total_bytes: u64,
-}
-
-/// What a verification found.
-#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct VerifyReport {
-    /// Bytes that were compared and are the same.
-    pub same_bytes: u64,
-    /// Bytes left out because the guest wrote them here.
-    pub dirty_bytes: u64,
-    /// Bytes left out because they are not here yet.
-    pub absent_bytes: u64,
-    /// Bytes that differ.
-    pub different_bytes: u64,
-    /// Offsets of the first blocks that differ.
-    pub first_differences: Vec<u64>,
-    /// Bytes received from the source for this.
-    pub received_bytes: u64,
-    /// Compared by hash ("hash") or by reading the source ("data").
-    pub method: String,
-}
 
 /// Runs verifications on the fetch thread.
 #[derive(Clone)]
@@ -85,19 +56,6 @@ impl Verifier {
         }
         Err("the device is stopping".into())
     }
-}
-
-/// What comes out of a verification, in order.
-pub(crate) enum VerifyMessage {
-    Progress(VerifyProgress),
-    Done(Result<VerifyReport, String>),
-}
-
-/// Asks for a verification.
-pub(crate) struct VerifyRequest {
-    pub(crate) uri: Uri,
-    pub(crate) identity: String,
-    pub(crate) answer: Sender<VerifyMessage>,
 }
 
 pub(super) async fn verify(core: Arc<Core>, cache: FileIo, request: VerifyRequest) {

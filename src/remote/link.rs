@@ -11,7 +11,7 @@ use futures_channel::oneshot;
 
 use super::dial::Dialed;
 use super::read::{BadCover, FetchedData, ReadAssembly};
-use super::source::SourceStats;
+use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent};
 use crate::nbd::chunk::{BlockStatus, ErrorChunk, FerryHashes, Hole, decode_data_offset};
 use crate::nbd::{

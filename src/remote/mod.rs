@@ -15,10 +15,12 @@ mod dial;
 mod link;
 mod read;
 mod source;
+mod stats;
 
 pub use dial::DialError;
 pub use read::FetchedData;
-pub use source::{Lost, Source, SourceEvents, SourceStats};
+pub use source::{Lost, Source, SourceEvents};
+pub use stats::SourceStats;
 
 use std::time::Duration;
 

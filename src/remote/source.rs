@@ -2,8 +2,6 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use event_listener::Event;
@@ -11,59 +9,12 @@ use event_listener::Event;
 use super::dial::{DialError, dial};
 use super::link::{Link, LinkError};
 use super::read::FetchedData;
+use super::stats::SourceStats;
 use super::{BACKOFF, BULK_LINKS, SILENCE};
 use crate::engine::{ByteRange, Errno, Extent, Lane};
 use crate::identity::{IdentityHasher, sample_ranges};
 use crate::nbd::{TransmissionFlags, Uri};
 use crate::uring::{Task, sleep, spawn};
-
-/// Bytes over all links, since the source was opened. Readable from any thread.
-#[derive(Clone, Debug, Default)]
-pub struct SourceStats {
-    inner: Arc<Counters>,
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    received: AtomicU64,
-    sent: AtomicU64,
-    data: AtomicU64,
-    links: AtomicU64,
-}
-
-impl SourceStats {
-    pub(super) fn add_received(&self, bytes: u64) {
-        self.inner.received.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    pub(super) fn add_sent(&self, bytes: u64) {
-        self.inner.sent.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    pub(super) fn add_data(&self, bytes: u64) {
-        self.inner.data.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// Bytes received, headers and handshakes included.
-    pub fn received_bytes(&self) -> u64 {
-        self.inner.received.load(Ordering::Relaxed)
-    }
-
-    /// Bytes sent.
-    pub fn sent_bytes(&self) -> u64 {
-        self.inner.sent.load(Ordering::Relaxed)
-    }
-
-    /// Bytes of the disk received as data (not as holes).
-    pub fn data_bytes(&self) -> u64 {
-        self.inner.data.load(Ordering::Relaxed)
-    }
-
-    /// Links that are up.
-    pub fn links(&self) -> u64 {
-        self.inner.links.load(Ordering::Relaxed)
-    }
-}
 
 /// Why the source does not answer at the moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -144,7 +95,7 @@ impl Source {
                 link.close();
             }
         }
-        self.shared.stats.inner.links.store(0, Ordering::Relaxed);
+        self.shared.stats.set_links(0);
     }
 
     /// Where it is.
@@ -228,7 +179,7 @@ impl Shared {
     fn set(&self, slot: usize, link: Option<Link>) {
         self.slots.borrow_mut()[slot] = link;
         let up = self.slots.borrow().iter().flatten().filter(|link| link.is_alive()).count();
-        self.stats.inner.links.store(up as u64, Ordering::Relaxed);
+        self.stats.set_links(up);
         if up > 0 {
             self.link_up.notify(usize::MAX);
             if self.is_lost.replace(false)

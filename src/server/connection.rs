@@ -7,7 +7,7 @@ use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 
 use super::disk::Disk;
-use super::listener::ServeStats;
+use super::stats::ServeStats;
 use super::{HANDSHAKE_TIMEOUT, HASH_PIECE_BYTES, MAX_BYTES, MAX_REQUESTS, replies};
 use crate::engine::ByteRange;
 use crate::nbd::{

@@ -2,8 +2,6 @@
 
 use std::cell::RefCell;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use futures_util::FutureExt;
@@ -11,46 +9,9 @@ use futures_util::future::select;
 use slab::Slab;
 
 use super::disk::Disk;
+use super::stats::ServeStats;
 use super::{MAX_CONNECTIONS, connection};
 use crate::uring::{Budget, Connection, Listener, Task, sleep, spawn};
-
-/// What went through a server, in bytes and clients.
-#[derive(Clone, Debug, Default)]
-pub struct ServeStats {
-    inner: Arc<Counters>,
-}
-
-#[derive(Debug, Default)]
-struct Counters {
-    sent_bytes: AtomicU64,
-    written_bytes: AtomicU64,
-    clients: AtomicU64,
-}
-
-impl ServeStats {
-    pub(super) fn add_sent(&self, bytes: u64) {
-        self.inner.sent_bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    pub(super) fn add_written(&self, bytes: u64) {
-        self.inner.written_bytes.fetch_add(bytes, Ordering::Relaxed);
-    }
-
-    /// Bytes sent to clients, headers included.
-    pub fn sent_bytes(&self) -> u64 {
-        self.inner.sent_bytes.load(Ordering::Relaxed)
-    }
-
-    /// Payload bytes that clients sent in writes.
-    pub fn written_bytes(&self) -> u64 {
-        self.inner.written_bytes.load(Ordering::Relaxed)
-    }
-
-    /// Clients connected now.
-    pub fn clients(&self) -> u64 {
-        self.inner.clients.load(Ordering::Relaxed)
-    }
-}
 
 /// A listener at work.
 pub struct Server {
@@ -100,11 +61,11 @@ async fn accept<D: Disk>(
         let local = listener.local().to_owned();
         spawn(async move {
             let key = open.borrow_mut().insert(connection.clone());
-            stats.inner.clients.fetch_add(1, Ordering::Relaxed);
+            stats.client_came();
             if let Err(e) = connection::run(connection, disk, stats.clone()).await {
                 log::warn!("{local}: a client was dropped: {e}");
             }
-            stats.inner.clients.fetch_sub(1, Ordering::Relaxed);
+            stats.client_left();
             open.borrow_mut().remove(key);
             drop(place);
         })

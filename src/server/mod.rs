@@ -15,9 +15,11 @@ mod connection;
 mod disk;
 mod listener;
 mod replies;
+mod stats;
 
 pub use disk::{Disk, DiskExtent};
-pub use listener::{ServeStats, Server};
+pub use listener::Server;
+pub use stats::ServeStats;
 
 use std::time::Duration;
 

@@ -1,0 +1,101 @@
+//! The background: one step after the other, as the engine plans them, at the pace that the user set.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+
+use futures_util::FutureExt;
+use futures_util::future::select;
+
+use super::fetcher::{Fetcher, MAX_FETCH_BYTES};
+use super::hydration::{HydrationState, Mode, Pacer};
+use crate::engine::{Action, Event, Lane};
+use crate::uring::{Lent, sleep};
+
+/// Pause after a failure, before it tries again.
+const RETRY_PAUSE: Duration = Duration::from_secs(2);
+
+impl Fetcher {
+    /// Hydrates until everything is here.
+    pub(super) async fn hydrate(self: Rc<Self>) {
+        let mut pacer = Pacer::new(Instant::now());
+        let hydration = &self.core.hydration;
+        loop {
+            let changed = hydration.changed.listen();
+            if self.core.health.is_complete() {
+                hydration.set_state(HydrationState::Done);
+                self.hang_up();
+                return;
+            }
+            let mode = hydration.mode();
+            if mode == Mode::Off {
+                hydration.set_state(HydrationState::Off);
+                changed.await;
+                continue;
+            }
+            if self.core.health.has_failed() {
+                hydration.set_state(HydrationState::Paused("the device has stopped".into()));
+                changed.await;
+                continue;
+            }
+            let trouble = self.trouble.borrow_mut().take();
+            if let Some(reason) = trouble {
+                hydration.set_state(HydrationState::Paused(reason));
+                sleep(RETRY_PAUSE).await;
+                continue;
+            }
+            let share = self.bulk.take(MAX_FETCH_BYTES as usize).await;
+            if hydration.mode() != mode {
+                continue;
+            }
+            hydration.set_state(HydrationState::Running);
+            self.hydrate_step(share, mode, &mut pacer).await;
+        }
+    }
+
+    /// Starts one fetch (or waits until there is one to start), and keeps to the rate.
+    async fn hydrate_step(self: &Rc<Self>, share: Lent, mode: Mode, pacer: &mut Pacer) {
+        let progress = self.progress.listen();
+        let mut actions = Vec::new();
+        self.core.apply_into(Event::Hydrate, &mut actions);
+        debug_assert!(actions.len() <= 1, "one step, one action");
+        match actions.pop() {
+            Some(Action::Fetch { fetch, run, lane }) => {
+                let bytes = self.core.geometry().bytes_of(run).len();
+                self.start_fetch(fetch, run, lane, Some(share));
+                if let Mode::Rate(rate) = mode {
+                    let wait = pacer.spend(Instant::now(), rate, bytes);
+                    let changed = self.core.hydration.changed.listen();
+                    select(sleep(wait).boxed_local(), changed).await;
+                }
+            }
+            Some(Action::StoreZero { fetch, run }) => self.start_store_zero(fetch, run, share),
+            Some(Action::QueryExtents { run }) => {
+                drop(share);
+                let extents = self.extents(self.core.geometry().bytes_of(run), Lane::Bulk).await;
+                self.core.apply(Event::Extents { extents });
+            }
+            Some(Action::HydrationWaits) => {
+                drop(share);
+                select(progress, sleep(RETRY_PAUSE).boxed_local()).await;
+            }
+            Some(Action::HydrationDone) => {
+                drop(share);
+                self.core.hydration.set_state(HydrationState::Done);
+                // The commit thread records completion, and rings.
+                let changed = self.core.hydration.changed.listen();
+                if !self.core.health.is_complete() {
+                    select(changed, sleep(RETRY_PAUSE).boxed_local()).await;
+                }
+            }
+            other => unreachable!("hydration is answered with a step, not {other:?}"),
+        }
+    }
+
+    /// The source is no longer needed: close its connections, so that it may be switched off unnoticed.
+    fn hang_up(&self) {
+        if let Some(source) = self.source.borrow_mut().take() {
+            source.hang_up();
+            self.core.health.set_found();
+        }
+    }
+}
