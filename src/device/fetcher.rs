@@ -21,6 +21,8 @@ use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, UringError, Zer
 pub const MAX_FETCH_BYTES: u64 = 1 << 20;
 /// Bytes that hydration may have in flight, on the wire or on their way into the cache.
 const BULK_WINDOW_BYTES: usize = 24 << 20;
+/// The same where demand shares the only connection: what is ahead of it there is what it waits for.
+const BULK_WINDOW_SHARED_BYTES: usize = 4 << 20;
 /// Bytes that demand may have in flight.
 const DEMAND_WINDOW_BYTES: usize = 64 << 20;
 
@@ -173,13 +175,15 @@ impl Fetcher {
         if let Some(source) = &source {
             source.keep_up(Rc::new(Reporter { core: core.clone() }));
         }
+        let own_links = source.as_ref().is_none_or(Source::takes_several);
+        let bulk_bytes = if own_links { BULK_WINDOW_BYTES } else { BULK_WINDOW_SHARED_BYTES };
         Rc::new(Self {
             core,
             cache,
             source: RefCell::new(source.map(Rc::new)),
             held: RefCell::default(),
             demand: Budget::new(DEMAND_WINDOW_BYTES),
-            bulk: Budget::new(BULK_WINDOW_BYTES),
+            bulk: Budget::new(bulk_bytes),
             progress: event_listener::Event::new(),
             trouble: RefCell::default(),
         })

@@ -130,6 +130,11 @@ impl Source {
         slots.iter().flatten().map(|link| u64::from(link.session().min_block)).max().unwrap_or(1)
     }
 
+    /// Does it take several connections, so that demand and hydration have their own?
+    pub fn takes_several(&self) -> bool {
+        self.shared.slots.borrow().len() > 1
+    }
+
     /// Does it tell holes?
     pub fn tells_extents(&self) -> bool {
         self.shared.slots.borrow().iter().flatten().any(|link| link.session().base_allocation.is_some())
