@@ -4,6 +4,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, Write};
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::geteuid;
@@ -11,6 +12,9 @@ use serde::{Deserialize, Serialize};
 
 /// Longest name of a device: it becomes part of a socket's path.
 const MAX_NAME: usize = 48;
+
+/// A name may be held for a moment by a daemon that was just killed, or by somebody who lists the devices.
+const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
 
 /// Why there is no run directory.
 #[derive(Debug, thiserror::Error)]
@@ -127,10 +131,16 @@ impl RunDir {
         let io = |source| NameError::Io { name: name.into(), source };
         let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
         let file = file.map_err(io)?;
-        match file.try_lock() {
-            Ok(()) => Ok(Claim { file, path }),
-            Err(TryLockError::WouldBlock) => Err(NameError::InUse(name.into())),
-            Err(TryLockError::Error(source)) => Err(io(source)),
+        let started = Instant::now();
+        loop {
+            match file.try_lock() {
+                Ok(()) => return Ok(Claim { file, path }),
+                Err(TryLockError::WouldBlock) if started.elapsed() < CLAIM_PATIENCE => {
+                    std::thread::sleep(Duration::from_millis(10));
+                }
+                Err(TryLockError::WouldBlock) => return Err(NameError::InUse(name.into())),
+                Err(TryLockError::Error(source)) => return Err(io(source)),
+            }
         }
     }
 
