@@ -202,7 +202,7 @@ impl Core {
     }
 
     /// Are all blocks of a range in the cache?
-    pub(super) fn is_hit(&self, range: ByteRange) -> bool {
+    pub fn is_hit(&self, range: ByteRange) -> bool {
         self.maps.all_present(self.geometry().covering(range))
     }
 }

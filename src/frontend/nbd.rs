@@ -118,6 +118,10 @@ impl Disk for DeviceDisk {
         }
     }
 
+    fn reads_at_once(&self, range: ByteRange) -> bool {
+        self.queue.core().is_hit(range)
+    }
+
     async fn read(&self, range: ByteRange) -> Result<Vec<Part>, NbdError> {
         self.queue.read(range).await.map_err(nbd_error)
     }

@@ -45,6 +45,8 @@ struct Shared {
     /// Slot 0 serves demand; the others hydration, if there are any.
     slots: RefCell<Vec<Option<Link>>>,
     link_up: Event,
+    /// The source was asked for a connection for hydration and did not give one: it shares the demand link then.
+    bulk_refused: Cell<bool>,
     events: RefCell<Option<Rc<dyn SourceEvents>>>,
     is_lost: Cell<bool>,
 }
@@ -71,6 +73,7 @@ impl Source {
             size_bytes,
             slots: RefCell::new(vec![None; slots]),
             link_up: Event::new(),
+            bulk_refused: Cell::new(false),
             events: RefCell::new(None),
             is_lost: Cell::new(false),
         });
@@ -222,10 +225,15 @@ impl Shared {
             Lane::Demand => (demand, bulk),
             Lane::Bulk => (bulk, demand),
         };
+        let own_link_may_come = demand.len() < slots.len() && !self.bulk_refused.get();
         let best = |slots: &[Option<Link>]| {
             slots.iter().flatten().filter(|link| link.is_alive()).min_by_key(|link| link.load()).cloned()
         };
-        best(first).or_else(|| best(second))
+        match best(first) {
+            None if lane == Lane::Bulk && own_link_may_come => None,
+            None => best(second),
+            found => found,
+        }
     }
 }
 
@@ -262,12 +270,16 @@ async fn keep_link(shared: Rc<Shared>, slot: usize) {
         }
         match reconnect(&shared).await {
             Ok(link) => {
+                // Whichever comes first: hydration gives its own links a chance to come up.
+                shared.bulk_refused.set(false);
                 shared.set(slot, Some(link));
                 pause = BACKOFF.0;
                 continue;
             }
             Err(reason) => {
                 log::debug!("{reason}");
+                shared.bulk_refused.set(true);
+                shared.link_up.notify(usize::MAX);
                 shared.report_lost(reason);
             }
         }

@@ -8,7 +8,7 @@ use futures_util::future::{Either, select};
 
 use super::disk::Disk;
 use super::stats::ServeStats;
-use super::{HANDSHAKE_TIMEOUT, HASH_PIECE_BYTES, MAX_BYTES, MAX_REQUESTS, replies};
+use super::{HANDSHAKE_TIMEOUT, HASH_PIECE_BYTES, MAX_BYTES, MAX_REQUESTS, MAX_WAITING_BYTES, replies};
 use crate::engine::ByteRange;
 use crate::nbd::{
     Command, CommandFlags, ExportInfo, Limits, MAX_EXTENTS, NbdError, ProtocolError, Request, ServerHandshake,
@@ -37,11 +37,25 @@ pub(super) enum ConnectionError {
 struct Reply {
     parts: Vec<Part>,
     /// The request's share of the limits, given back when the reply is sent.
-    _shares: (Lent, Lent),
+    _shares: Shares,
+}
+
+/// What one request holds of the limits of its connection.
+struct Shares {
+    _request: Lent,
+    _bytes: Option<Lent>,
+}
+
+/// The limits of one connection.
+struct Lendable {
+    requests: Budget,
+    bytes: Budget,
+    waiting_bytes: Budget,
 }
 
 /// What the requests of one connection share.
 struct Context<D> {
+    lendable: Lendable,
     disk: Rc<D>,
     session: Session,
     limits: Limits,
@@ -67,14 +81,17 @@ pub(super) async fn run<D: Disk>(
     let Some(session) = agreed else { return Ok(()) };
     let limits = session.limits(&export);
     let replies = Mailbox::default();
-    let context = Rc::new(Context { disk, session, limits, replies: replies.clone(), stats });
+    let lendable = Lendable {
+        requests: Budget::new(MAX_REQUESTS),
+        bytes: Budget::new(MAX_BYTES),
+        waiting_bytes: Budget::new(MAX_WAITING_BYTES),
+    };
+    let context = Rc::new(Context { lendable, disk, session, limits, replies: replies.clone(), stats });
     let _writer = spawn(write_replies(connection.clone(), replies, context.stats.clone()));
-    let requests = Budget::new(MAX_REQUESTS);
-    let bytes = Budget::new(MAX_BYTES);
-    let result = read_requests(&mut reader, &context, &requests, &bytes).await;
+    let result = read_requests(&mut reader, &context).await;
     if result.is_ok() {
         // DISC, or the end of the stream: what is under way is finished and answered first.
-        requests.all_back().await;
+        context.lendable.requests.all_back().await;
     }
     connection.shutdown();
     result
@@ -105,12 +122,7 @@ async fn shake_hands(
     }
 }
 
-async fn read_requests<D: Disk>(
-    reader: &mut BufferedReader,
-    context: &Rc<Context<D>>,
-    requests: &Budget,
-    bytes: &Budget,
-) -> Result<(), ConnectionError> {
+async fn read_requests<D: Disk>(reader: &mut BufferedReader, context: &Rc<Context<D>>) -> Result<(), ConnectionError> {
     loop {
         let Some(header) = reader.read(Request::LEN).await? else { return Ok(()) };
         let request = Request::decode(header.try_into().expect("read what was asked for"))?;
@@ -122,15 +134,13 @@ async fn read_requests<D: Disk>(
             return Err(ConnectionError::PayloadTooLong(payload_len));
         }
         let verdict = request.validate(&context.limits);
-        let holds = match request.command {
-            Command::Read | Command::Write if verdict.is_ok() => request.len as usize,
-            _ => 0,
-        };
-        let shares = (requests.take(1).await, bytes.take(holds).await);
+        let request_share = context.lendable.requests.take(1).await;
+        let mut bytes_share = None;
         let mut payload = Vec::new();
         if verdict.is_err() {
             reader.skip(payload_len as usize).await?;
         } else if payload_len > 0 {
+            bytes_share = Some(context.lendable.bytes.take(payload_len as usize).await);
             let (result, filled) = reader.read_into(vec![0; payload_len as usize], 0, payload_len as usize).await;
             result?;
             payload = filled;
@@ -138,13 +148,26 @@ async fn read_requests<D: Disk>(
         }
         let context = context.clone();
         spawn(async move {
+            // A read takes its bytes here, not where requests are read: while it waits for room, others go on.
+            if request.command == Command::Read && verdict.is_ok() {
+                bytes_share = Some(context.take_read_bytes(&request).await);
+            }
             let parts = match verdict {
                 Err(error) => replies::done(context.session.structured, request.cookie, Err(error)),
                 Ok(()) => answer(&context, request, payload).await,
             };
-            context.replies.send(Reply { parts, _shares: shares });
+            context.replies.send(Reply { parts, _shares: Shares { _request: request_share, _bytes: bytes_share } });
         })
         .detach();
+    }
+}
+
+impl<D: Disk> Context<D> {
+    async fn take_read_bytes(&self, request: &Request) -> Lent {
+        let range = ByteRange::new(request.offset, u64::from(request.len));
+        let lendable = &self.lendable;
+        let budget = if self.disk.reads_at_once(range) { &lendable.bytes } else { &lendable.waiting_bytes };
+        budget.take(request.len as usize).await
     }
 }
 

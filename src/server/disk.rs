@@ -22,6 +22,13 @@ pub trait Disk: 'static {
     /// How it presents itself.
     fn export(&self) -> ExportInfo;
 
+    /// Will a read of this range be answered without waiting for anything but this disk? What waits for
+    /// something else has limits of its own, so that it does not stand in the way of what does not.
+    fn reads_at_once(&self, range: ByteRange) -> bool {
+        let _ = range;
+        true
+    }
+
     /// Reads a range. The parts cover it exactly, in order; [`Part::Zeros`] need not cross as data.
     fn read(&self, range: ByteRange) -> impl Future<Output = Result<Vec<Part>, NbdError>>;
 

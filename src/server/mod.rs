@@ -3,8 +3,7 @@
 //! ```text
 //!   listener ─► connection ─► handshake ─► reader ──request──► a task each ─► Disk
 //!                                            ▲                     │
-//!                        limits: requests,   │                     └─reply─► writer ─► socket
-//!                        bytes in flight  ───┘
+//!                                  limits ───┘                     └─reply─► writer ─► socket
 //! ```
 //!
 //! Invariants: a request holds its share of the limits from its arrival until its reply is sent, so a
@@ -27,8 +26,10 @@ use std::time::Duration;
 pub const MAX_CONNECTIONS: usize = 256;
 /// Requests of one connection that may be under way.
 const MAX_REQUESTS: usize = 1024;
-/// Bytes of payload, both ways, that the requests of one connection may hold.
+/// Bytes that one connection may hold: payloads of writes and replies to reads that are answered at once.
 const MAX_BYTES: usize = 64 << 20;
+/// The same for replies to reads that wait for something else than the disk.
+const MAX_WAITING_BYTES: usize = 64 << 20;
 /// How long a client may take for the handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
 /// Piece of the disk that one hash of the private hash command stands for.
