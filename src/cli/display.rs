@@ -44,7 +44,8 @@ pub(super) fn headline(status: &Status) -> String {
         return format!("source lost for {}, {waiting} requests wait", seconds(lost_s));
     }
     match (status.hydrate.state.as_str(), status.hydrate.eta_s) {
-        ("done", _) => "complete".into(),
+        _ if !status.source_needed => "complete".into(),
+        ("done", _) => "all here, not yet committed".into(),
         ("running", Some(eta)) => format!("{}, {} to go", rate(status.hydrate.rate_bytes_per_s), seconds(eta)),
         (state, _) => match &status.hydrate.reason {
             Some(reason) => format!("{state}: {reason}"),

@@ -93,18 +93,6 @@ pub enum DaemonError {
         /// The block size in bytes.
         used: u64,
     },
-    /// The source answers only requests smaller than a block.
-    #[error(
-        "source {uri} takes requests of at most {most} bytes, which is less than a block ({used}); make a new cache with a smaller --block-size"
-    )]
-    BlockTooLarge {
-        /// The source.
-        uri: Uri,
-        /// Its longest request in bytes.
-        most: u64,
-        /// The block size in bytes.
-        used: u64,
-    },
     /// A thread or a file of the daemon's own.
     #[error("{0}: {1}")]
     Io(&'static str, #[source] io::Error),

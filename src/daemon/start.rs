@@ -143,9 +143,5 @@ fn block_bytes(
     if used < unit {
         return Err(DaemonError::Unit { uri: options.source.clone(), unit, used });
     }
-    let most = hello.map_or(u64::MAX, |h| h.max_read_bytes);
-    if used > most {
-        return Err(DaemonError::BlockTooLarge { uri: options.source.clone(), most, used });
-    }
     Ok(options.block_bytes.or_else(|| known.is_none().then_some(used)))
 }

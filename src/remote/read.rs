@@ -17,6 +17,20 @@ pub struct FetchedData {
 }
 
 impl FetchedData {
+    /// One piece of data out of several that follow each other and make up `range`.
+    pub(super) fn join(range: ByteRange, pieces: &[Self]) -> Self {
+        let mut bytes = Vec::with_capacity(range.len() as usize);
+        let mut holes = Vec::new();
+        for part in pieces.iter().flat_map(|piece| piece.pieces(piece.range)) {
+            if let Part::Zeros(len) = part {
+                holes.push(bytes.len()..bytes.len() + len);
+            }
+            part.append_to(&mut bytes);
+        }
+        debug_assert_eq!(bytes.len() as u64, range.len());
+        Self { range, bytes: Arc::new(bytes), holes: Arc::new(holes) }
+    }
+
     /// The pieces of a part of it; holes are [`Part::Zeros`].
     pub fn pieces(&self, part: ByteRange) -> Vec<Part> {
         debug_assert!(part.start >= self.range.start && part.end <= self.range.end);
@@ -122,6 +136,26 @@ mod tests {
         assert_eq!(shape(ByteRange { start: 1000, end: 2000 }), [(false, 500), (true, 500)]);
         assert_eq!(shape(ByteRange { start: 1400, end: 1600 }), [(false, 100), (true, 100)]);
         assert_eq!(shape(ByteRange { start: 1600, end: 1700 }), [(true, 100)]);
+    }
+
+    #[test]
+    fn what_came_in_pieces_is_one() {
+        let piece = |start: u64, hole: bool, fill: u8| {
+            let mut read = ReadAssembly::new(ByteRange { start, end: start + 100 });
+            let place = read.place(start, 100, hole).unwrap();
+            if !hole {
+                let mut bytes = read.take_buffer();
+                bytes[place].fill(fill);
+                read.give_buffer(bytes);
+            }
+            read.finish().unwrap()
+        };
+        let range = ByteRange { start: 500, end: 800 };
+        let joined = FetchedData::join(range, &[piece(500, false, 1), piece(600, true, 0), piece(700, false, 2)]);
+        let mut flat = Vec::new();
+        joined.pieces(ByteRange { start: 550, end: 750 }).iter().for_each(|part| part.append_to(&mut flat));
+        assert_eq!(flat, [vec![1; 50], vec![0; 100], vec![2; 50]].concat());
+        assert!(matches!(joined.pieces(range)[1], Part::Zeros(100)));
     }
 
     #[test]

@@ -5,6 +5,7 @@ use std::rc::Rc;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use event_listener::Event;
+use futures_util::future::try_join_all;
 
 use super::dial::{DialError, dial};
 use super::link::{Link, LinkError};
@@ -42,6 +43,7 @@ struct Shared {
     stats: SourceStats,
     identity: String,
     size_bytes: u64,
+    max_read_bytes: u64,
     /// Slot 0 serves demand; the others hydration, if there are any.
     slots: RefCell<Vec<Option<Link>>>,
     link_up: Event,
@@ -64,6 +66,7 @@ impl Source {
             },
         })?;
         let size_bytes = link.session().size_bytes;
+        let max_read_bytes = u64::from(link.session().max_payload_bytes());
         let several = link.session().flags.contains(TransmissionFlags::CAN_MULTI_CONN);
         let slots = if several { 1 + BULK_LINKS } else { 1 };
         let shared = Rc::new(Shared {
@@ -71,6 +74,7 @@ impl Source {
             stats,
             identity,
             size_bytes,
+            max_read_bytes,
             slots: RefCell::new(vec![None; slots]),
             link_up: Event::new(),
             bulk_refused: Cell::new(false),
@@ -121,10 +125,9 @@ impl Source {
         &self.shared.stats
     }
 
-    /// Largest read that the source takes, in bytes.
+    /// Largest read that the source takes at once, in bytes.
     pub fn max_read_bytes(&self) -> u64 {
-        let slots = self.shared.slots.borrow();
-        slots.iter().flatten().map(|link| u64::from(link.session().max_payload_bytes())).min().unwrap_or(1 << 20)
+        self.shared.max_read_bytes
     }
 
     /// Smallest unit of a read, in bytes.
@@ -150,7 +153,19 @@ impl Source {
     }
 
     /// Reads a range; waits for the source as long as it takes. An error is the source's own answer.
+    /// What is more than the source answers at once is asked for in pieces.
     pub async fn read(&self, range: ByteRange, lane: Lane) -> Result<FetchedData, Errno> {
+        let max_bytes = self.max_read_bytes();
+        if range.len() <= max_bytes {
+            return self.read_once(range, lane).await;
+        }
+        let starts = (range.start..range.end).step_by(max_bytes as usize);
+        let pieces = starts.map(|start| ByteRange { start, end: range.end.min(start + max_bytes) });
+        let pieces = try_join_all(pieces.map(|piece| self.read_once(piece, lane))).await?;
+        Ok(FetchedData::join(range, &pieces))
+    }
+
+    async fn read_once(&self, range: ByteRange, lane: Lane) -> Result<FetchedData, Errno> {
         loop {
             match self.shared.link(lane).await.read(range).await {
                 Ok(data) => return Ok(data),
