@@ -54,7 +54,8 @@ impl Thread {
             // By the clock, not by silence: a guest that flushes all the time must not put this off.
             if Instant::now() >= due {
                 self.core.apply(Event::CommitDue);
-                if !self.core.maps().has_uncommitted() {
+                // In this order: a block that comes in between would be present and not committed.
+                if self.core.maps().absent_count() == 0 && !self.core.maps().has_uncommitted() {
                     self.record_complete();
                 }
                 due = Instant::now() + COMMIT_PERIOD;

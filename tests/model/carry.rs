@@ -88,6 +88,7 @@ impl World {
         if result.is_ok() && act == (Act::Write { dsync: true }) {
             let stamp = guest.stamp().expect("a write has a stamp");
             self.disk.sync_write(task.sectors.clone(), stamp);
+            self.stats.dsync_writes += 1;
         }
         Ok(())
     }
@@ -106,7 +107,7 @@ impl World {
             sector = end;
         }
         for block in asked.start..asked.end {
-            let sectors = self.sectors(blkferry::engine::BlockRun::new(block, block + 1));
+            let sectors = self.setup.sectors_in(blkferry::engine::BlockRun::new(block, block + 1));
             self.told_zero[block as usize] = zeros[sectors.start as usize..sectors.end as usize].iter().all(|&z| z);
         }
         self.feed(Event::Extents { extents }).map(drop)
@@ -130,15 +131,21 @@ impl World {
                 Stage::SyncPages
             }
             Stage::SyncPages => {
-                // Bits only grow: the newer page says all that the older one said.
-                self.durable_pages = std::mem::take(&mut self.written_pages);
+                // Bits only grow: a newer page says all that an older one said.
+                let written = std::mem::take(&mut self.written_pages);
+                self.durable_pages.retain(|old| written.iter().all(|new| new.page != old.page));
+                self.durable_pages.extend(written);
                 Stage::Tell
             }
             Stage::Tell => {
                 self.tasks.swap_remove(at);
                 self.stats.commits += 1;
                 self.maps().committed();
-                return self.feed(Event::Committed { result: Ok(()) }).map(drop);
+                let began = self.commit_began;
+                self.feed(Event::Committed { result: Ok(()) })?;
+                let waits = self.open.iter().find(|guest| guest.wish == Wish::Flush && guest.begin <= began);
+                ensure!(waits.is_none(), "group commit", "{:?} came before and still waits", waits.map(|g| g.op));
+                return Ok(());
             }
         };
         self.tasks[at].what = What::Commit(next);

@@ -1,6 +1,6 @@
 //! How things come to rest, and what must hold then.
 
-use blkferry::engine::{BlockRun, ByteRange, Event, OpKind};
+use blkferry::engine::{BlockRun, ByteRange, Errno, Event, OpKind};
 
 use crate::check::{Checked, ensure};
 use crate::rng::Rng;
@@ -11,14 +11,16 @@ use crate::world::World;
 const MANY: usize = 100_000;
 
 impl World {
-    /// Carries out one task to its end, without failures; a commit makes one step.
+    /// Carries out one task to its end, without failures of its own; a commit makes one step.
     pub fn carry_out(&mut self, at: usize) -> Checked {
         match &self.tasks[at].what {
             What::Commit(_) => self.commit_step(at),
             What::Query(run) => {
-                let extents = crate::random::honest_extents(&self.setup, *run);
+                let mut extents = crate::random::honest_extents(&self.setup, *run);
+                extents.retain(|_| !self.source_is_mute);
                 self.answer(at, extents)
             }
+            What::Store(..) if self.cache_is_full => self.finish(at, Err(Errno::ENOSPC)),
             _ => {
                 self.progress(at, u64::MAX, true)?;
                 self.finish(at, Ok(()))
@@ -64,9 +66,11 @@ impl World {
     }
 
     /// From any state of a healthy engine to a complete device: all is fetched, and all is right.
+    /// (If the cache was full, it is so until everybody was answered: nobody may try for ever.)
     pub fn complete_the_device(&mut self, rng: &mut Rng) -> Checked {
         self.note(|| "#### no more requests; hydration runs to its end".into());
         self.drain(rng)?;
+        self.cache_is_full = false;
         let most = 4 * self.setup.blocks.len() + 10;
         for _ in 0..most {
             if self.hydrated {

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use blkferry::engine::{BlockRun, ByteRange, Errno, Geometry, Maps, OpId, OpKind};
+use blkferry::engine::{BlockRun, ByteRange, Errno, Maps, OpId, OpKind};
 
 use crate::check::{Checked, ensure};
-use crate::setup::sectors_of;
+use crate::setup::{Setup, sectors_of};
 use crate::stamp::Stamp;
 
 /// What the guest asked for.
@@ -41,19 +41,17 @@ pub struct Guest {
 
 impl Guest {
     /// A request as it comes in.
-    pub fn new(op: OpId, wish: Wish, begin: u64, maps: &Maps) -> Self {
-        let geometry = maps.geometry();
+    pub fn new(op: OpId, wish: Wish, begin: u64, setup: &Setup, maps: &Maps) -> Self {
         let sectors = match wish {
             Wish::Flush | Wish::Op(OpKind::Prefetch, _) => 0..0,
             // Only whole blocks are trimmed.
-            Wish::Op(OpKind::Trim { .. }, range) => sectors_of(whole_bytes(geometry, range)),
+            Wish::Op(OpKind::Trim { .. }, range) => whole_sectors(setup, range),
             Wish::Op(_, range) => sectors_of(range),
         };
-        let sectors = sectors.start.min(sectors.end)..sectors.end;
-        let has_edge = has_absent_edge(maps, wish);
+        let has_edge = has_absent_edge(setup, maps, wish);
         let must_refuse = has_edge && matches!(wish, Wish::Op(OpKind::Zero { fast_only: true, .. }, _));
         let is_local = match wish {
-            Wish::Op(OpKind::Read | OpKind::Prefetch, range) => maps.all_present(geometry.covering(range)),
+            Wish::Op(OpKind::Read | OpKind::Prefetch, range) => all_present(maps, setup.touched(range)),
             Wish::Op(OpKind::Write { .. } | OpKind::Zero { .. }, _) => !has_edge || must_refuse,
             Wish::Flush | Wish::Op(OpKind::Trim { .. }, _) => true,
         };
@@ -139,17 +137,23 @@ impl Guest {
     }
 }
 
-/// The bytes of the blocks that lie in a range whole.
-fn whole_bytes(geometry: Geometry, range: ByteRange) -> ByteRange {
-    let inside = geometry.inside(range);
-    if inside.is_empty() { ByteRange::new(0, 0) } else { geometry.bytes_of(inside) }
+fn all_present(maps: &Maps, mut blocks: Range<u64>) -> bool {
+    blocks.all(|block| maps.is_present(block))
+}
+
+/// The sectors of the blocks that lie in a range whole.
+fn whole_sectors(setup: &Setup, range: ByteRange) -> Range<u64> {
+    let mut whole = setup.touched(range).filter(|&block| setup.covers(range, block));
+    whole.next().map_or(0..0, |first| {
+        let last = whole.next_back().unwrap_or(first);
+        setup.sectors_in(BlockRun::new(first, last + 1))
+    })
 }
 
 /// Is there an absent block that the wish would change in part?
-fn has_absent_edge(maps: &Maps, wish: Wish) -> bool {
+fn has_absent_edge(setup: &Setup, maps: &Maps, wish: Wish) -> bool {
     let Wish::Op(OpKind::Write { .. } | OpKind::Zero { .. }, range) = wish else {
         return false;
     };
-    let (covering, inside) = (maps.geometry().covering(range), maps.geometry().inside(range));
-    (covering.start..covering.end).any(|b| !inside.contains(b) && !maps.all_present(BlockRun::new(b, b + 1)))
+    setup.touched(range).any(|block| !setup.covers(range, block) && !maps.is_present(block))
 }

@@ -33,6 +33,7 @@ mod pairs;
 #[cfg(feature = "planted-faults")]
 mod planted;
 mod power;
+mod race;
 mod random;
 mod rng;
 mod runner;
@@ -50,8 +51,9 @@ const KEPT_SEEDS: &[u64] = &[];
 #[test]
 fn random_cases_match_the_naive_disk() {
     if let Some(seed) = runner::from_env("BLKFERRY_MODEL_SEED") {
-        println!("{}", runner::explain(seed, Options { trace: true, ..Options::default() }));
-        return;
+        let text = runner::explain(seed, Options::default());
+        println!("{text}");
+        return assert!(runner::search(seed, 1, Options::default()).failure.is_none(), "seed {seed} fails");
     }
     let (first, cases) = (runner::from_env("BLKFERRY_MODEL_FIRST").unwrap_or(0), runner::cases());
     println!("seeds {KEPT_SEEDS:?} and {first}..{}", first + cases);

@@ -6,6 +6,7 @@
 use blkferry::engine::{Action, BlockRun, ByteRange, FetchId, Lane, OpId};
 
 use crate::check::{Checked, ensure};
+use crate::setup::sectors_of;
 use crate::task::{Act, Stage, Task, What};
 use crate::world::{Fetch, World};
 
@@ -19,8 +20,8 @@ impl World {
             }
             Action::ZeroLocal { io, op, range, .. } => self.take_local(op, range, What::Local(io, op, Act::Zero)),
             Action::Deliver { io, op, fetch, range } => {
-                let covering = self.setup.geometry.covering(range);
-                self.check_buffer(fetch, covering)?;
+                let blocks = self.setup.touched(range);
+                self.check_buffer(fetch, BlockRun::new(blocks.start, blocks.end))?;
                 self.take_local(op, range, What::Local(io, op, Act::Deliver))
             }
             Action::Fetch { fetch, run, lane } => self.take_fetch(fetch, run, lane, is_hydration),
@@ -57,6 +58,7 @@ impl World {
             Action::Commit => {
                 let running = self.tasks.iter().any(|t| matches!(t.what, What::Commit(_)));
                 ensure!(!running, "I10", "two commits at a time");
+                self.commit_began = self.now;
                 self.tasks.push(Task::new(What::Commit(Stage::Take)));
                 Ok(())
             }
@@ -66,27 +68,32 @@ impl World {
 
     fn take_local(&mut self, op: OpId, range: ByteRange, what: What) -> Checked {
         self.guest(op)?.claim(range)?;
-        let task = Task::on(range, what);
+        let task = Task::on(sectors_of(range), what);
+        let mut overwrites = false;
         if !matches!(task.what, What::Local(_, _, Act::Deliver)) {
-            let geometry = self.setup.geometry;
-            let (covering, inside) = (geometry.covering(range), geometry.inside(range));
-            let maps = self.maps();
-            let absent = (covering.start..covering.end).find(|&b| !maps.all_present(BlockRun::new(b, b + 1)));
-            let whole = absent.is_none_or(|_| task.is_guest_change() && covering == inside);
-            ensure!(self.lenient(whole), "I5", "{:?} works on a part of absent block {absent:?}", task.what);
+            let mut absent = self.setup.touched(range).filter(|&block| !self.maps().is_present(block)).peekable();
+            overwrites = absent.peek().is_some();
+            let wrong = absent.find(|&block| !task.is_guest_change() || !self.setup.covers(range, block));
+            ensure!(self.lenient(wrong.is_none()), "I5", "{:?} needs absent block {wrong:?}", task.what);
             let stores = self.tasks.iter().any(|t| matches!(t.what, What::Store(..)) && t.meets(&task.sectors));
             ensure!(self.lenient(!stores), "I3", "{:?} {range:?} while fetched data is stored there", task.what);
-            self.stats.overwrites += u64::from(absent.is_some());
+        } else {
+            self.stats.deliveries += 1;
         }
+        self.stats.overwrites += u64::from(overwrites);
         self.tasks.push(task);
         Ok(())
     }
 
     fn take_fetch(&mut self, id: FetchId, run: BlockRun, lane: Lane, is_hydration: bool) -> Checked {
-        let most = self.setup.geometry.blocks_in(self.setup.config.max_fetch_bytes).get();
+        let most = (self.setup.config.max_fetch_bytes / self.setup.geometry.block_bytes()).max(1);
         ensure!(!run.is_empty() && run.len() <= most, "I10", "a fetch of {run}, {most} are the most");
         ensure!((lane == Lane::Bulk) == is_hydration, "I8", "a fetch of {run} in the wrong lane {lane:?}");
         self.cross(run)?;
+        if let Some(range) = self.changing {
+            let whole = (run.start..run.end).find(|&block| self.setup.covers(range, block));
+            ensure!(self.lenient(whole.is_none()), "I9", "{whole:?} is fetched to be overwritten");
+        }
         if is_hydration {
             let told = (run.start..run.end).find(|&b| self.told_zero[b as usize]);
             ensure!(told.is_none(), "I6", "block {told:?} is known to be zeros, and is fetched");
@@ -99,12 +106,12 @@ impl World {
 
     /// Blocks begin to cross the wire, as data or as zeros: none that is here or on its way already.
     fn cross(&mut self, run: BlockRun) -> Checked {
-        let sectors = self.sectors(run);
+        let sectors = self.setup.sectors_in(run);
         let busy =
             self.tasks.iter().find(|t| t.meets(&sectors) && (t.is_guest_change() || matches!(t.what, What::Store(..))));
         ensure!(self.lenient(busy.is_none()), "I6", "{run} is fetched during {:?}", busy.map(|t| &t.what));
         for block in run.start..run.end {
-            let present = self.maps().all_present(BlockRun::new(block, block + 1));
+            let present = self.maps().is_present(block);
             ensure!(self.lenient(!present), "I6", "block {block} is present, and is fetched");
             self.crossed[block as usize] += 1;
             let once = self.injected || self.crossed[block as usize] == 1;
@@ -114,11 +121,11 @@ impl World {
     }
 
     fn take_store(&mut self, fetch: FetchId, run: BlockRun) -> Checked {
-        let task = Task::on(self.setup.geometry.bytes_of(run), What::Store(fetch, run));
+        let task = Task::on(self.setup.sectors_in(run), What::Store(fetch, run));
         let guest = self.tasks.iter().any(|t| t.is_guest_change() && t.meets(&task.sectors));
         ensure!(self.lenient(!guest), "I3", "{run} is stored while the guest writes there");
         let mut blocks = run.start..run.end;
-        let present = blocks.find(|&b| self.maps().all_present(BlockRun::new(b, b + 1)));
+        let present = blocks.find(|&block| self.maps().is_present(block));
         ensure!(self.lenient(present.is_none()), "I3", "present block {present:?} is stored");
         self.tasks.push(task);
         Ok(())

@@ -4,8 +4,6 @@
 //! cut* there is the platter, and those map pages that were durable; pages that were written but not synced
 //! may be there or not, each by itself.
 
-use std::ops::Range;
-
 use blkferry::engine::BlockRun;
 
 use crate::check::{Checked, ensure};
@@ -63,9 +61,9 @@ impl World {
     fn check_promised_bits(&self) -> Checked {
         for block in 0..self.setup.blocks.len() as u64 {
             let run = BlockRun::new(block, block + 1);
-            let mut sectors: Range<u64> = self.sectors(run);
+            let mut sectors = self.setup.sectors_in(run);
             if sectors.any(|sector| self.history.guest_data_is_promised(sector)) {
-                ensure!(self.maps().all_present(run), "I2", "block {block} was promised, and is absent");
+                ensure!(self.maps().is_present(block), "I2", "block {block} was promised, and is absent");
                 ensure!(self.maps().any_dirty(run), "I2", "block {block} was written and promised, and is not dirty");
             }
         }
@@ -77,8 +75,8 @@ impl World {
         let now = self.tick();
         for block in 0..self.setup.blocks.len() as u64 {
             let run = BlockRun::new(block, block + 1);
-            if self.maps().all_present(run) {
-                for sector in self.sectors(run) {
+            if self.maps().is_present(block) {
+                for sector in self.setup.sectors_in(run) {
                     self.history.read(sector, self.disk.read(sector), now, now)?;
                 }
             }

@@ -34,6 +34,8 @@ struct Mood {
     /// Work of a task that is done at once, of a hundred.
     whole: u64,
     fua: u64,
+    cache_is_full: bool,
+    source_is_mute: bool,
 }
 
 impl Mood {
@@ -42,7 +44,7 @@ impl Mood {
         let seldom = |rng: &mut Rng| if crashes { rng.one_of(&[0, 1]) } else { 0 };
         Self {
             // A small device is soon complete, and then not much can go wrong.
-            steps: rng.between(10, 40) + setup.blocks.len() as u64 * rng.between(4, 24),
+            steps: rng.between(10, 40) + (setup.blocks.len() as u64).min(30) * rng.between(4, 24),
             failures: rng.one_of(&[0, 0, 0, 5, 20]),
             max_open: rng.one_of(&[1, 2, 3, 6, 12]),
             direct_hits: rng.one_of(&[0, 50, 100]),
@@ -59,6 +61,8 @@ impl Mood {
             ],
             whole: rng.one_of(&[20, 60, 95]),
             fua: rng.one_of(&[0, 20, 60]),
+            cache_is_full: rng.percent(3),
+            source_is_mute: rng.percent(5),
         }
     }
 }
@@ -99,6 +103,7 @@ impl Plan {
     fn drive(&self, mood: &Mood, world: &mut World) -> Checked {
         let setup = world.setup.clone();
         world.note(|| format!("{} bytes, {:?}, {:?}", setup.geometry.size_bytes(), setup.config, setup.blocks));
+        (world.cache_is_full, world.source_is_mute) = (mood.cache_is_full, mood.source_is_mute);
         let steps = self.last.map_or(mood.steps, |last| mood.steps.min(last));
         for step in (0..steps).filter(|step| !self.skipped.contains(step)) {
             let mut rng = Rng::new(self.seed, step);
@@ -184,7 +189,7 @@ impl Turn<'_> {
     /// Whole blocks, a part of one block, any sectors, or everything.
     fn range(&mut self) -> ByteRange {
         let (geometry, rng) = (self.world.setup.geometry, &mut *self.rng);
-        let first = rng.below(geometry.blocks());
+        let first = geometry.blocks() - 1 - rng.below(geometry.blocks().min(200));
         let last = (first + rng.one_of(&[0, 0, 1, 2, 5])).min(geometry.blocks() - 1);
         let blocks = geometry.bytes_of(BlockRun::new(first, last + 1));
         match rng.below(8) {
@@ -221,7 +226,8 @@ impl Turn<'_> {
             let sectors = if rng.percent(self.mood.whole) { left } else { rng.between(1, left) };
             world.progress(at, sectors, rng.percent(50))?;
         }
-        if fails {
+        let no_room = world.cache_is_full && matches!(world.tasks[at].what, What::Store(..));
+        if fails || no_room {
             let errno = rng.one_of(&[Errno::EIO, Errno::ENOSPC]);
             world.finish(at, Err(errno))
         } else if world.tasks[at].left() == 0 && rng.percent(self.mood.whole) {

@@ -82,7 +82,7 @@ pub fn without_panic<T>(run: impl FnOnce() -> Checked<T>) -> Checked<T> {
     })
 }
 
-/// A failing seed, made as short as leaving out steps can make it, with all that happens in it.
+/// All that happens in the case of a seed; if it fails, made as short as leaving out steps can make it.
 pub fn explain(seed: u64, options: Options) -> String {
     let fails = |plan: &Plan| without_panic(|| plan.run(options).1).is_err();
     let mut plan = Plan::of(seed);

@@ -11,8 +11,12 @@ pub struct Stats {
     pub hits: u64,
     pub fetches: u64,
     pub zero_stores: u64,
+    /// Reads answered from the network buffer, before the cache has the data.
+    pub deliveries: u64,
     /// Writes of whole absent blocks.
     pub overwrites: u64,
+    /// FUA writes that were durable without a commit.
+    pub dsync_writes: u64,
     pub commits: u64,
     pub failed_commits: u64,
     /// Times that the source fell silent, and requests that were open then.
@@ -31,7 +35,9 @@ impl Stats {
         self.hits += other.hits;
         self.fetches += other.fetches;
         self.zero_stores += other.zero_stores;
+        self.deliveries += other.deliveries;
         self.overwrites += other.overwrites;
+        self.dsync_writes += other.dsync_writes;
         self.commits += other.commits;
         self.failed_commits += other.failed_commits;
         self.silences += other.silences;
@@ -48,7 +54,9 @@ impl Stats {
             self.hits,
             self.fetches,
             self.zero_stores,
+            self.deliveries,
             self.overwrites,
+            self.dsync_writes,
             self.commits,
             self.failed_commits,
             self.silences,

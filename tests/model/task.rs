@@ -2,9 +2,7 @@
 
 use std::ops::Range;
 
-use blkferry::engine::{BlockRun, ByteRange, FetchId, IoId, OpId, PageImage};
-
-use crate::setup::sectors_of;
+use blkferry::engine::{BlockRun, FetchId, IoId, OpId, PageImage};
 
 /// What to do to the cache for a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -90,8 +88,7 @@ pub struct Task {
 
 impl Task {
     /// A task that handles sectors.
-    pub fn on(range: ByteRange, what: What) -> Self {
-        let sectors = sectors_of(range);
+    pub fn on(sectors: Range<u64>, what: What) -> Self {
         Self { what, left: sectors.clone(), sectors }
     }
 

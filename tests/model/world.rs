@@ -13,7 +13,7 @@ use std::sync::atomic::AtomicU64;
 #[cfg(feature = "planted-faults")]
 use blkferry::engine::PlantedFault;
 use blkferry::engine::{
-    Action, BlockRun, ByteRange, Engine, Errno, Event, FetchId, Maps, OpId, OpKind, PageImage, Words,
+    Action, BlockRun, ByteRange, Engine, Errno, Event, FetchId, Maps, OpId, OpKind, PAGE_BLOCKS, PageImage, Words,
 };
 
 use crate::check::{Checked, ensure};
@@ -75,8 +75,15 @@ pub struct World {
     /// Map pages that are durable, and those that were written but not synced.
     pub durable_pages: Vec<PageImage>,
     pub written_pages: Vec<PageImage>,
+    /// When the commit that runs was ordered.
+    pub commit_began: u64,
     /// Something was made to fail since the engine began.
     pub injected: bool,
+    /// The range that the request being submitted changes.
+    pub changing: Option<ByteRange>,
+    /// The source says nothing of its extents; the cache has no room for fetched data.
+    pub source_is_mute: bool,
+    pub cache_is_full: bool,
     /// The last answer of hydration was that all is present.
     pub hydrated: bool,
     pub now: u64,
@@ -114,7 +121,11 @@ impl World {
             open: Vec::new(),
             fetches: Vec::new(),
             written_pages: Vec::new(),
+            commit_began: 0,
             injected: false,
+            changing: None,
+            source_is_mute: false,
+            cache_is_full: false,
             hydrated: false,
             now: 0,
             next_op: 0,
@@ -140,11 +151,6 @@ impl World {
         }
     }
 
-    /// Sectors of a run of blocks.
-    pub fn sectors(&self, run: BlockRun) -> std::ops::Range<u64> {
-        sectors_of(self.setup.geometry.bytes_of(run))
-    }
-
     /// Does a rule about single actions hold, or is it not asked after?
     pub fn lenient(&self, holds: bool) -> bool {
         holds || self.options.oracle_only
@@ -156,7 +162,7 @@ impl World {
         self.next_op += 1;
         let op = OpId(self.next_op);
         let begin = self.tick();
-        let guest = Guest::new(op, wish, begin, self.maps());
+        let guest = Guest::new(op, wish, begin, &self.setup, self.maps());
         if let Some(stamp) = guest.stamp() {
             self.history.begin_write(guest.sectors(), stamp, begin);
             let geometry = self.setup.geometry;
@@ -170,8 +176,10 @@ impl World {
     pub fn submit(&mut self, kind: OpKind, range: ByteRange) -> Checked {
         let op = self.open(Wish::Op(kind, range));
         let is_hit = kind == OpKind::Read && self.guest(op)?.is_local;
+        self.changing = self.guest(op)?.stamp().map(|_| range);
         let actions = self.feed(Event::Submit { op, kind, range })?;
-        let covering = self.setup.geometry.covering(range).len() as usize;
+        self.changing = None;
+        let covering = self.setup.touched(range).count();
         ensure!(actions <= 2 * covering + 2, "I10", "{actions} actions for a request on {covering} blocks");
         ensure!(self.lenient(!is_hit || actions == 1), "I8", "a hit was not read at once, and whole");
         Ok(())
@@ -196,7 +204,7 @@ impl World {
         };
         self.stats.hits += 1;
         self.note(|| format!("-> hit {op:?} {kind:?} {range:?} {act:?}"));
-        self.tasks.push(Task::on(range, What::Hit(op, act)));
+        self.tasks.push(Task::on(sectors_of(range), What::Hit(op, act)));
         Ok(())
     }
 
@@ -250,12 +258,15 @@ impl World {
 
 /// The pages that hold a device's first state.
 fn first_pages(setup: &Setup) -> Vec<PageImage> {
-    let mut page = PageImage::empty(0);
-    for (block, state) in setup.blocks.iter().enumerate() {
-        page.present[block / 64] |= u64::from(*state != Initial::Absent) << (block % 64);
-        page.dirty[block / 64] |= u64::from(*state == Initial::Dirty) << (block % 64);
-    }
-    vec![page]
+    let page = |(index, blocks): (usize, &[Initial])| {
+        let mut page = PageImage::empty(index as u64);
+        for (block, state) in blocks.iter().enumerate() {
+            page.present[block / 64] |= u64::from(*state != Initial::Absent) << (block % 64);
+            page.dirty[block / 64] |= u64::from(*state == Initial::Dirty) << (block % 64);
+        }
+        page
+    };
+    setup.blocks.chunks(PAGE_BLOCKS as usize).enumerate().map(page).collect()
 }
 
 /// Map words as recovered from pages.
