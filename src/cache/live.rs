@@ -105,7 +105,11 @@ impl Words for LiveMap {
 fn create(path: &Path, len_words: usize) -> io::Result<File> {
     LiveMap::discard(path)?;
     let file = OpenOptions::new().read(true).write(true).create_new(true).mode(0o600).open(path)?;
-    file.set_len(len_words as u64 * 8)?;
+    // All of it now: a mapping that runs out of space later would end the daemon.
+    if let Err(e) = nix::fcntl::posix_fallocate(&file, 0, len_words as i64 * 8) {
+        LiveMap::discard(path)?;
+        return Err(e.into());
+    }
     Ok(file)
 }
 

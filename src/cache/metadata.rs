@@ -5,9 +5,10 @@ use std::io;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 
+use nix::fcntl::posix_fallocate;
 use uuid::Uuid;
 
-use super::page::{CopyState, PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
+use super::page::{CopyState, FIRST_SEQUENCES, PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
 use super::superblock::{FORMAT_VERSION, Superblock};
 use crate::engine::{Geometry, GeometryError, Maps, PAGE_BLOCKS, PAGE_WORDS, PageImage};
 
@@ -150,7 +151,13 @@ impl MetadataFile {
         let file = options.read(true).write(true).create(true).truncate(true).mode(0o600).open(&fresh);
         let file = file.map_err(io("create"))?;
         file.set_len(file_bytes(pages)).map_err(io("set the size"))?;
-        file.write_all_at(&encode_superblock(superblock, 1), 0).map_err(io("write the superblock"))?;
+        // All of it now: a commit must not fail for want of space.
+        let reserve = posix_fallocate(&file, 0, file_bytes(pages) as i64);
+        reserve.map_err(|e| io("reserve its space")(e.into()))?;
+        for copy in 0..SUPERBLOCK_COPIES {
+            let bytes = encode_superblock(superblock, copy + 1);
+            file.write_all_at(&bytes, copy * PAGE_BYTES as u64).map_err(io("write the superblock"))?;
+        }
         file.sync_all().map_err(io("sync"))?;
         fs::rename(&fresh, path).map_err(io("rename into place"))?;
         sync_directory(path).map_err(io("sync the directory"))?;
@@ -158,7 +165,7 @@ impl MetadataFile {
             superblock: superblock.clone(),
             pages: Vec::new(),
             newest: vec![Newest::default(); pages as usize],
-            superblock_newest: Newest { copy: 0, sequence: 1 },
+            superblock_newest: Newest { copy: 1, sequence: 2 },
             notes: Vec::new(),
         };
         Ok((Self { file, path: path.into(), pages }, recovered))
@@ -167,14 +174,16 @@ impl MetadataFile {
     /// Reads the superblock only.
     pub fn peek(path: &Path) -> Result<Superblock, MetadataError> {
         let io = |source| MetadataError::Io { path: path.into(), action: "open", source };
-        Ok(read_superblock(path, &File::open(path).map_err(io)?)?.0)
+        let superblock = read_superblock(path, &File::open(path).map_err(io)?)?.superblock;
+        geometry_of(path, &superblock)?;
+        Ok(superblock)
     }
 
     /// Opens and reads the file of an existing cache. Changes nothing.
     pub fn open(path: &Path) -> Result<(Self, Recovered), MetadataError> {
         let io = |action| move |source| MetadataError::Io { path: path.into(), action, source };
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(io("open"))?;
-        let (superblock, superblock_newest) = read_superblock(path, &file)?;
+        let FoundSuperblock { superblock, newest: superblock_newest, notes } = read_superblock(path, &file)?;
         let geometry = geometry_of(path, &superblock)?;
         let pages = Maps::pages(geometry);
         let (found, expected) = (file.metadata().map_err(io("stat"))?.len(), file_bytes(pages));
@@ -183,8 +192,7 @@ impl MetadataFile {
         }
         let this = Self { file, path: path.into(), pages };
         let uuid = superblock.uuid;
-        let mut recovered =
-            Recovered { superblock, pages: Vec::new(), newest: Vec::new(), superblock_newest, notes: Vec::new() };
+        let mut recovered = Recovered { superblock, pages: Vec::new(), newest: Vec::new(), superblock_newest, notes };
         for page in 0..pages {
             this.recover_page(page, uuid, &mut recovered)?;
         }
@@ -206,9 +214,7 @@ impl MetadataFile {
             MetadataError::Damaged { path: self.path.clone(), what }
         })?;
         for (copy, state) in [(0, &first), (1, &second)] {
-            if matches!(state, CopyState::Torn | CopyState::Damaged(_)) {
-                recovered.notes.push(format!("map page {page}, copy {copy}: {}", describe(state)));
-            }
+            push_note(&mut recovered.notes, format!("map page {page}, copy {copy}"), state);
         }
         recovered.newest.push(newest);
         if image.present.iter().chain(&image.dirty).any(|&word| word != 0) {
@@ -261,7 +267,14 @@ fn geometry_of(path: &Path, superblock: &Superblock) -> Result<Geometry, Metadat
         .map_err(|source| MetadataError::Geometry { path: path.into(), source })
 }
 
-fn read_superblock(path: &Path, file: &File) -> Result<(Superblock, Newest), MetadataError> {
+/// A superblock as it was found.
+struct FoundSuperblock {
+    superblock: Superblock,
+    newest: Newest,
+    notes: Vec<String>,
+}
+
+fn read_superblock(path: &Path, file: &File) -> Result<FoundSuperblock, MetadataError> {
     let damaged = || MetadataError::Damaged { path: path.into(), what: "the superblock".into() };
     let mut states = Vec::new();
     let stat = |source| MetadataError::Io { path: path.into(), action: "stat", source };
@@ -274,7 +287,12 @@ fn read_superblock(path: &Path, file: &File) -> Result<(Superblock, Newest), Met
         let action = "read the superblock";
         result.map_err(|source| MetadataError::Io { path: path.into(), action, source })?;
         let magic = bytes.starts_with(b"BLKFERRY");
-        states.push((SealedPage::decode(&bytes, KIND_SUPERBLOCK, 0), magic));
+        let state = match SealedPage::decode(&bytes, KIND_SUPERBLOCK, 0) {
+            // Both copies are written before the file gets its name.
+            CopyState::Blank => CopyState::Damaged(None),
+            other => other,
+        };
+        states.push((state, magic));
     }
     if !states.iter().any(|(_, magic)| *magic) {
         return Err(MetadataError::NotMetadata(path.into()));
@@ -285,14 +303,19 @@ fn read_superblock(path: &Path, file: &File) -> Result<(Superblock, Newest), Met
     }
     let json_end = page.payload.iter().position(|&b| b == 0).unwrap_or(page.payload.len());
     let superblock = serde_json::from_slice(&page.payload[..json_end]).map_err(|_| damaged())?;
-    Ok((superblock, Newest { copy, sequence: page.sequence }))
+    let mut notes = Vec::new();
+    for (copy, (state, _)) in states.iter().enumerate() {
+        push_note(&mut notes, format!("superblock, copy {copy}"), state);
+    }
+    Ok(FoundSuperblock { superblock, newest: Newest { copy, sequence: page.sequence }, notes })
 }
 
 /// The newest valid copy, unless the other one may have been newer and is damaged.
 fn newest_of<'a>(first: &'a CopyState, second: &'a CopyState) -> Option<(u64, &'a SealedPage)> {
     let outranks = |valid: &SealedPage, other: &CopyState| match other {
         CopyState::Valid(other) => valid.sequence >= other.sequence,
-        CopyState::Blank | CopyState::Torn => true,
+        CopyState::Torn => true,
+        CopyState::Blank => valid.sequence <= u64::from(FIRST_SEQUENCES),
         CopyState::Damaged(sequence) => sequence.is_some_and(|s| s < valid.sequence as u32),
     };
     match (first, second) {
@@ -334,12 +357,13 @@ fn mask_beyond_end(mut image: PageImage, superblock: &Superblock) -> PageImage {
     image
 }
 
-fn describe(state: &CopyState) -> &'static str {
-    match state {
-        CopyState::Torn => "torn by a crash in the middle of a commit; the other copy holds all that was promised",
+fn push_note(notes: &mut Vec<String>, what: String, state: &CopyState) {
+    let said = match state {
+        CopyState::Torn => "torn by a crash in the middle of a write; the other copy holds all that was promised",
         CopyState::Damaged(_) => "damaged; the other copy is newer and whole",
-        CopyState::Blank | CopyState::Valid(_) => "fine",
-    }
+        CopyState::Blank | CopyState::Valid(_) => return,
+    };
+    notes.push(format!("{what}: {said}"));
 }
 
 pub(super) fn sync_directory(path: &Path) -> io::Result<()> {

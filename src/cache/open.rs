@@ -191,16 +191,17 @@ impl Cache {
         }
         if !fresh {
             // Before the data file is looked at: a source of another size gets the right error.
-            check_same(&MetadataFile::peek(&options.metadata)?, source, options.block_bytes)?;
+            let superblock = MetadataFile::peek(&options.metadata)?;
+            check_same(&superblock, source, options.block_bytes)?;
+            check_fits(&Superblock { source: source.uri.clone(), ..superblock })?;
         }
-        let superblock = new_superblock(source, block_bytes)?;
+        let superblock = if fresh { Some(new_superblock(source, block_bytes)?) } else { None };
         let made_by_us = !options.data.exists();
         let data = DataFile::open(&options.data, &options.metadata, source.size_bytes, fresh)?;
-        let opened = if fresh {
-            MetadataFile::create(&options.metadata, &superblock)
-        } else {
+        let opened = match &superblock {
+            Some(superblock) => MetadataFile::create(&options.metadata, superblock),
             // Read again, now under the lock.
-            MetadataFile::open(&options.metadata)
+            None => MetadataFile::open(&options.metadata),
         };
         if opened.is_err() && made_by_us {
             // Gone already is as good.
@@ -259,10 +260,16 @@ fn new_superblock(source: &SourceFacts, block_bytes: u64) -> Result<Superblock, 
         clean: true,
         boot_id: String::new(),
     };
-    if !fits(&superblock) {
-        return Err(OpenError::NamesTooLong(source.uri.len()));
-    }
+    check_fits(&superblock)?;
     Ok(superblock)
+}
+
+/// Room must also be there for what is filled in later.
+fn check_fits(superblock: &Superblock) -> Result<(), OpenError> {
+    let boot_id = Uuid::nil().to_string();
+    let fullest =
+        Superblock { boot_id, clean: false, dirty_exact: false, state: CacheState::Complete, ..superblock.clone() };
+    if fits(&fullest) { Ok(()) } else { Err(OpenError::NamesTooLong(superblock.source.len())) }
 }
 
 fn check_same(superblock: &Superblock, source: &SourceFacts, block_bytes: Option<u64>) -> Result<(), OpenError> {

@@ -17,6 +17,8 @@ const SECTORS: usize = PAGE_BYTES / SECTOR_BYTES;
 const HEADER_BYTES: usize = 64;
 const SEAL_BYTES: usize = 8;
 const SEAL_AT: usize = SECTOR_BYTES - SEAL_BYTES;
+/// The first write of a page fills both copies, with sequences 1 and 2. From then on neither is ever blank.
+pub(super) const FIRST_SEQUENCES: u32 = 2;
 const MAGIC: &[u8; 8] = b"BLKFERRY";
 
 /// What a sealed page holds and where it belongs.
@@ -98,19 +100,22 @@ impl SealedPage {
             return CopyState::Blank;
         }
         let mut sequences = Vec::with_capacity(SECTORS);
-        let mut damaged = false;
+        let (mut damaged, mut blank) = (false, false);
         for (sector, bytes) in bytes.chunks_exact(SECTOR_BYTES).enumerate() {
             if u32_at(bytes, SEAL_AT + 4) == checksum(kind, index, sector, bytes) {
                 sequences.push(u32_at(bytes, SEAL_AT));
             } else if bytes.iter().all(|&b| b == 0) {
-                // Not yet reached by the first write of this copy.
                 sequences.push(0);
+                blank = true;
             } else {
                 damaged = true;
             }
         }
+        let newest = sequences.iter().copied().max();
+        // A blank sector is one that the first write of this copy did not reach; later writes find none.
+        damaged |= blank && newest.is_some_and(|sequence| sequence > FIRST_SEQUENCES);
         if damaged {
-            return CopyState::Damaged(sequences.into_iter().max());
+            return CopyState::Damaged(newest);
         }
         let header = Self::header(bytes);
         if sequences.iter().any(|&s| s != header.sequence as u32) {
@@ -165,15 +170,20 @@ mod tests {
             bad[bit / 8] ^= 1 << (bit % 8);
             assert!(matches!(SealedPage::decode(&bad, 7, 3), CopyState::Damaged(Some(6))), "bit {bit}");
         }
-        for written in 1..255u32 {
-            for before in [&old, &vec![0; PAGE_BYTES]] {
-                let mut torn = before.clone();
-                for sector in (0..SECTORS).filter(|s| written & (1 << s) != 0) {
-                    let range = sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES;
-                    torn[range.clone()].copy_from_slice(&new[range]);
-                }
-                assert_eq!(SealedPage::decode(&torn, 7, 3), CopyState::Torn, "sectors {written:#b}");
+        let torn = |before: &[u8], new: &[u8], written: u32| {
+            let mut torn = before.to_vec();
+            for sector in (0..SECTORS).filter(|s| written & (1 << s) != 0) {
+                let range = sector * SECTOR_BYTES..(sector + 1) * SECTOR_BYTES;
+                torn[range.clone()].copy_from_slice(&new[range]);
             }
+            SealedPage::decode(&torn, 7, 3)
+        };
+        let (blank, first) = (vec![0; PAGE_BYTES], page(2, 3).encode());
+        for written in 1..255u32 {
+            assert_eq!(torn(&old, &new, written), CopyState::Torn, "sectors {written:#b}");
+            assert_eq!(torn(&blank, &first, written), CopyState::Torn, "sectors {written:#b} of the first write");
+            // Later writes find no blank sector: something has wiped it.
+            assert_eq!(torn(&blank, &new, written), CopyState::Damaged(Some(6)), "sectors {written:#b}");
         }
         assert_eq!(SealedPage::decode(&[0; PAGE_BYTES], 7, 3), CopyState::Blank);
         // The right page in the wrong place is not taken for the page of that place.

@@ -206,7 +206,7 @@ pub enum Action {
         /// The blocks.
         run: BlockRun,
     },
-    /// No action with this fetch will follow: its buffer may go.
+    /// No action with this fetch will follow: its buffer may go, once the Delivers before this are done.
     Release {
         /// Which.
         fetch: FetchId,

@@ -62,6 +62,9 @@ struct Inner {
     committing: Box<[AtomicU64]>,
     present_count: AtomicU64,
     dirty_count: AtomicU64,
+    /// Threads that are between setting a bit and flagging its page. While there is one, a bit that is seen
+    /// may have its flag still to come, and counts as not committed.
+    marking: AtomicU64,
 }
 
 fn zeroed(words: usize) -> Box<[AtomicU64]> {
@@ -112,7 +115,18 @@ impl Maps {
             changed[page / 64].fetch_or(1 << (page % 64), Ordering::Relaxed);
         }
         let committing = zeroed(flags);
-        Self { inner: Arc::new(Inner { geometry, words, map_words, changed, committing, present_count, dirty_count }) }
+        Self {
+            inner: Arc::new(Inner {
+                geometry,
+                words,
+                map_words,
+                changed,
+                committing,
+                present_count,
+                dirty_count,
+                marking: AtomicU64::new(0),
+            }),
+        }
     }
 
     /// Empty maps in plain memory.
@@ -200,14 +214,18 @@ impl Maps {
 
     fn mark(&self, map: &[AtomicU64], run: BlockRun, count: &AtomicU64) {
         let mut fresh = 0;
+        let marking = &self.inner.marking;
         for (word, mask) in masks(run) {
-            if map[word].load(Ordering::Acquire) & mask == mask {
+            // Set already, and by somebody who has flagged the page too.
+            if map[word].load(Ordering::SeqCst) & mask == mask && marking.load(Ordering::SeqCst) == 0 {
                 continue;
             }
+            marking.fetch_add(1, Ordering::SeqCst);
             let old = map[word].fetch_or(mask, Ordering::SeqCst);
             fresh += u64::from((mask & !old).count_ones());
             let page = word / PAGE_WORDS;
             self.inner.changed[page / 64].fetch_or(1 << (page % 64), Ordering::SeqCst);
+            marking.fetch_sub(1, Ordering::SeqCst);
         }
         if fresh > 0 {
             count.fetch_add(fresh, Ordering::Relaxed);
@@ -218,6 +236,10 @@ impl Maps {
     pub fn is_committed(&self, run: BlockRun) -> bool {
         if run.is_empty() {
             return true;
+        }
+        // The caller may have seen a bit whose flag another thread is about to set.
+        if self.inner.marking.load(Ordering::SeqCst) != 0 {
+            return false;
         }
         let pages = run.start / PAGE_BLOCKS..=(run.end - 1) / PAGE_BLOCKS;
         pages.into_iter().all(|page| {
@@ -335,6 +357,19 @@ mod tests {
         assert_eq!(maps.take_changed()[0].present[0], 3);
         maps.committed();
         assert!(!maps.has_uncommitted());
+    }
+
+    #[test]
+    fn a_range_over_two_pages_is_committed_when_both_are() {
+        let maps = maps(2 * PAGE_BLOCKS);
+        let across = BlockRun::new(PAGE_BLOCKS - 1, PAGE_BLOCKS + 1);
+        assert!(maps.is_committed(across));
+        maps.mark_dirty(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1));
+        assert!(!maps.is_committed(across), "the second page has changed");
+        maps.take_changed();
+        maps.committed();
+        maps.mark_dirty(BlockRun::new(PAGE_BLOCKS - 1, PAGE_BLOCKS));
+        assert!(!maps.is_committed(across), "the first page has changed");
     }
 
     #[test]

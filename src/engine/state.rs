@@ -371,10 +371,20 @@ impl Engine {
         out.push(Action::Release { fetch: id });
         for segment in fetch.after {
             match fetch.store_error {
-                // A read can still be answered, from the network. Others need the block in the cache.
-                Some(errno) if segment.kind != OpKind::Read => self.fail_or_start(segment, errno, out),
+                // A read can still be answered from the network, and whole blocks need not be there to be changed.
+                Some(errno) if self.needs_presence(segment) => self.fail_or_start(segment, errno, out),
                 _ => self.start(segment, out),
             }
+        }
+    }
+
+    /// Can this only be done once its blocks are in the cache?
+    fn needs_presence(&self, segment: Segment) -> bool {
+        let geometry = self.maps.geometry();
+        match segment.kind {
+            OpKind::Read => false,
+            OpKind::Prefetch => true,
+            _ => geometry.inside(segment.range) != geometry.covering(segment.range),
         }
     }
 
