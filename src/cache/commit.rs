@@ -67,14 +67,10 @@ impl Committer {
         disk.sync_data()?;
         for image in pages {
             let newest = &mut self.newest[image.page as usize];
-            // The first time both copies are written, so that a blank copy beside a later one is known as damage.
-            let copies = if newest.sequence == 0 { 2 } else { 1 };
-            for _ in 0..copies {
-                let next = newest.next();
-                let bytes = encode_map(self.superblock.uuid, self.superblock.epoch, next.sequence, image);
-                disk.write_map(image.page, next.copy, &bytes)?;
-                *newest = next;
-            }
+            let next = newest.next();
+            let bytes = encode_map(self.superblock.uuid, self.superblock.epoch, next.sequence, image);
+            disk.write_map(image.page, next.copy, &bytes)?;
+            *newest = next;
         }
         if !pages.is_empty() {
             disk.sync_metadata()?;

@@ -5,11 +5,12 @@
 //! So the daemon's maps *are* this mapping. It counts only within the boot that wrote it: after a power
 //! cut the page cache is gone, and only what was committed is true.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
@@ -26,12 +27,23 @@ const AT_UUID: usize = 3;
 const AT_SIZE: usize = 5;
 const AT_BLOCK: usize = 6;
 
+/// A killed daemon lets go of its live map when the kernel has finished with it.
+const LOCK_PATIENCE: Duration = Duration::from_secs(5);
+
 /// Why there is no live map.
 #[derive(Debug, thiserror::Error)]
-#[error("live map {path}: {source}; it must lie on a writable tmpfs (/run or /dev/shm)")]
-pub struct LiveError {
-    path: PathBuf,
-    source: io::Error,
+pub enum LiveError {
+    /// The system refused.
+    #[error("live map {path}: {source}; it must lie on a writable tmpfs (/run or /dev/shm) with room for it")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Two caches of one name.
+    #[error("live map {0} is in use by another process: is a copy of this cache attached? Detach it first")]
+    InUse(PathBuf),
 }
 
 /// The mapping of a device's maps.
@@ -39,6 +51,8 @@ pub struct LiveMap {
     words: SharedWords,
     path: PathBuf,
     inherited: bool,
+    /// Holds the lock.
+    _file: File,
 }
 
 /// This boot's name, as the kernel gives it.
@@ -48,33 +62,44 @@ pub(super) fn boot_id() -> io::Result<Uuid> {
 }
 
 impl LiveMap {
-    /// Opens the live map that a killed daemon left in `dir`, if it is of this boot and this cache;
-    /// otherwise makes an empty one.
-    pub fn open(dir: &Path, uuid: Uuid, geometry: Geometry) -> Result<Self, LiveError> {
+    /// Opens the live map that a killed daemon left in `dir`, if it is of this boot and this cache and there
+    /// is reason to `trust` it (the cache was not left in order); otherwise makes an empty one.
+    pub fn open(dir: &Path, uuid: Uuid, geometry: Geometry, trust: bool) -> Result<Self, LiveError> {
         let path = dir.join(format!("{uuid}.live"));
-        Self::open_at(&path, uuid, geometry).map_err(|source| LiveError { path, source })
+        match Self::open_at(&path, uuid, geometry, trust) {
+            Ok(Some(map)) => Ok(map),
+            Ok(None) => Err(LiveError::InUse(path)),
+            Err(source) => Err(LiveError::Io { path, source }),
+        }
     }
 
-    fn open_at(path: &Path, uuid: Uuid, geometry: Geometry) -> io::Result<Self> {
+    fn open_at(path: &Path, uuid: Uuid, geometry: Geometry, trust: bool) -> io::Result<Option<Self>> {
         if let Some(dir) = path.parent() {
             fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
         }
         let len_words = HEADER_WORDS + Maps::words_needed(geometry);
         let header = header(boot_id()?, uuid, geometry);
-        if let Ok(file) = OpenOptions::new().read(true).write(true).open(path)
-            && file.metadata()?.len() == len_words as u64 * 8
-        {
-            let words = SharedWords::map(&file, len_words)?;
-            if header.iter().enumerate().all(|(at, value)| words.words()[at].load(Ordering::SeqCst) == *value) {
-                return Ok(Self { words, path: path.into(), inherited: true });
+        if let Ok(file) = OpenOptions::new().read(true).write(true).open(path) {
+            if !lock(&file)? {
+                return Ok(None);
+            }
+            if trust && file.metadata()?.len() == len_words as u64 * 8 {
+                let words = SharedWords::map(&file, len_words)?;
+                if header.iter().enumerate().all(|(at, value)| words.words()[at].load(Ordering::SeqCst) == *value) {
+                    return Ok(Some(Self { words, path: path.into(), inherited: true, _file: file }));
+                }
             }
         }
-        let words = SharedWords::map(&create(path, len_words)?, len_words)?;
+        let file = create(path, len_words)?;
+        if !lock(&file)? {
+            return Ok(None);
+        }
+        let words = SharedWords::map(&file, len_words)?;
         // The magic last: a file without it is nobody's.
         for (at, value) in header.iter().enumerate().rev() {
             words.words()[at].store(*value, Ordering::SeqCst);
         }
-        Ok(Self { words, path: path.into(), inherited: false })
+        Ok(Some(Self { words, path: path.into(), inherited: false, _file: file }))
     }
 
     /// Did a daemon of this boot leave bits here?
@@ -99,6 +124,21 @@ impl LiveMap {
 impl Words for LiveMap {
     fn words(&self) -> &[AtomicU64] {
         &self.words.words()[HEADER_WORDS..]
+    }
+}
+
+/// False: somebody else has it, and keeps it.
+fn lock(file: &File) -> io::Result<bool> {
+    let started = Instant::now();
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(true),
+            Err(TryLockError::WouldBlock) if started.elapsed() < LOCK_PATIENCE => {
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Err(TryLockError::WouldBlock) => return Ok(false),
+            Err(TryLockError::Error(e)) => return Err(e),
+        }
     }
 }
 
@@ -131,7 +171,7 @@ mod tests {
     fn bits_outlive_the_mapping_but_not_the_boot_the_disk_or_a_discard() {
         let dir = tempfile::tempdir().unwrap();
         let geometry = Geometry::new(1 << 30, 4096).unwrap();
-        let open = |uuid: u128, geometry| LiveMap::open(dir.path(), Uuid::from_u128(uuid), geometry).unwrap();
+        let open = |uuid: u128, geometry| LiveMap::open(dir.path(), Uuid::from_u128(uuid), geometry, true).unwrap();
         let first = open(1, geometry);
         assert!(!first.is_inherited());
         Words::words(&first)[7].store(42, Ordering::SeqCst);
@@ -151,5 +191,7 @@ mod tests {
         assert!(!open(1, Geometry::new(1 << 30, 8192).unwrap()).is_inherited());
         LiveMap::discard(&path).unwrap();
         assert!(!open(1, geometry).is_inherited());
+        // Nor where the cache says that all of it was committed.
+        assert!(!LiveMap::open(dir.path(), Uuid::from_u128(1), geometry, false).unwrap().is_inherited());
     }
 }

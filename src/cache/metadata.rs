@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use nix::fcntl::posix_fallocate;
 use uuid::Uuid;
 
-use super::page::{CopyState, FIRST_SEQUENCES, PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
+use super::page::{CopyState, PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
 use super::superblock::{FORMAT_VERSION, Superblock};
 use crate::engine::{Geometry, GeometryError, Maps, PAGE_BLOCKS, PAGE_WORDS, PageImage};
 
@@ -154,10 +154,7 @@ impl MetadataFile {
         // All of it now: a commit must not fail for want of space.
         let reserve = posix_fallocate(&file, 0, file_bytes(pages) as i64);
         reserve.map_err(|e| io("reserve its space")(e.into()))?;
-        for copy in 0..SUPERBLOCK_COPIES {
-            let bytes = encode_superblock(superblock, copy + 1);
-            file.write_all_at(&bytes, copy * PAGE_BYTES as u64).map_err(io("write the superblock"))?;
-        }
+        file.write_all_at(&encode_superblock(superblock, 1), 0).map_err(io("write the superblock"))?;
         file.sync_all().map_err(io("sync"))?;
         fs::rename(&fresh, path).map_err(io("rename into place"))?;
         sync_directory(path).map_err(io("sync the directory"))?;
@@ -165,7 +162,7 @@ impl MetadataFile {
             superblock: superblock.clone(),
             pages: Vec::new(),
             newest: vec![Newest::default(); pages as usize],
-            superblock_newest: Newest { copy: 1, sequence: 2 },
+            superblock_newest: Newest { copy: 0, sequence: 1 },
             notes: Vec::new(),
         };
         Ok((Self { file, path: path.into(), pages }, recovered))
@@ -287,12 +284,7 @@ fn read_superblock(path: &Path, file: &File) -> Result<FoundSuperblock, Metadata
         let action = "read the superblock";
         result.map_err(|source| MetadataError::Io { path: path.into(), action, source })?;
         let magic = bytes.starts_with(b"BLKFERRY");
-        let state = match SealedPage::decode(&bytes, KIND_SUPERBLOCK, 0) {
-            // Both copies are written before the file gets its name.
-            CopyState::Blank => CopyState::Damaged(None),
-            other => other,
-        };
-        states.push((state, magic));
+        states.push((SealedPage::decode(&bytes, KIND_SUPERBLOCK, 0), magic));
     }
     if !states.iter().any(|(_, magic)| *magic) {
         return Err(MetadataError::NotMetadata(path.into()));
@@ -307,15 +299,18 @@ fn read_superblock(path: &Path, file: &File) -> Result<FoundSuperblock, Metadata
     for (copy, (state, _)) in states.iter().enumerate() {
         push_note(&mut notes, format!("superblock, copy {copy}"), state);
     }
-    Ok(FoundSuperblock { superblock, newest: Newest { copy, sequence: page.sequence }, notes })
+    Ok(FoundSuperblock {
+        superblock,
+        newest: Newest { copy, sequence: after_torn(page.sequence, [&states[0].0, &states[1].0]) },
+        notes,
+    })
 }
 
 /// The newest valid copy, unless the other one may have been newer and is damaged.
 fn newest_of<'a>(first: &'a CopyState, second: &'a CopyState) -> Option<(u64, &'a SealedPage)> {
     let outranks = |valid: &SealedPage, other: &CopyState| match other {
         CopyState::Valid(other) => valid.sequence >= other.sequence,
-        CopyState::Torn => true,
-        CopyState::Blank => valid.sequence <= u64::from(FIRST_SEQUENCES),
+        CopyState::Blank | CopyState::Torn(_) => true,
         CopyState::Damaged(sequence) => sequence.is_some_and(|s| s < valid.sequence as u32),
     };
     match (first, second) {
@@ -325,11 +320,21 @@ fn newest_of<'a>(first: &'a CopyState, second: &'a CopyState) -> Option<(u64, &'
     }
 }
 
+/// The sequence to go on from: past that of a torn write, whose sectors still lie there.
+fn after_torn(sequence: u64, states: [&CopyState; 2]) -> u64 {
+    let torn = states.into_iter().find_map(|state| if let CopyState::Torn(low) = state { Some(*low) } else { None });
+    sequence.max(torn.map_or(0, |low| sequence & !u64::from(u32::MAX) | u64::from(low)))
+}
+
 /// What both copies of a map page say together. `None`: a bit that was promised may be missing.
 fn join(page: u64, first: &CopyState, second: &CopyState) -> Option<(PageImage, Newest)> {
     use CopyState::{Blank, Torn, Valid};
-    if let (Blank, Blank | Torn) | (Torn, Blank) = (first, second) {
-        return Some((PageImage::empty(page), Newest::default()));
+    match (first, second) {
+        (Blank, Blank) => return Some((PageImage::empty(page), Newest::default())),
+        // The first write of this page was cut off: the next goes over it, with a later sequence.
+        (Torn(low), Blank) => return Some((PageImage::empty(page), Newest { copy: 1, sequence: u64::from(*low) })),
+        (Blank, Torn(low)) => return Some((PageImage::empty(page), Newest { copy: 0, sequence: u64::from(*low) })),
+        _ => {}
     }
     let (copy, newest) = newest_of(first, second)?;
     let mut image = decode_map(newest);
@@ -338,7 +343,7 @@ fn join(page: u64, first: &CopyState, second: &CopyState) -> Option<(PageImage, 
         image.present.iter_mut().zip(older.present).for_each(|(word, old)| *word |= old);
         image.dirty.iter_mut().zip(older.dirty).for_each(|(word, old)| *word |= old);
     }
-    Some((image, Newest { copy, sequence: newest.sequence }))
+    Some((image, Newest { copy, sequence: after_torn(newest.sequence, [first, second]) }))
 }
 
 /// Bits beyond the end of the device mean nothing and must not count.
@@ -359,7 +364,7 @@ fn mask_beyond_end(mut image: PageImage, superblock: &Superblock) -> PageImage {
 
 fn push_note(notes: &mut Vec<String>, what: String, state: &CopyState) {
     let said = match state {
-        CopyState::Torn => "torn by a crash in the middle of a write; the other copy holds all that was promised",
+        CopyState::Torn(_) => "torn by a crash in the middle of a write; the other copy holds all that was promised",
         CopyState::Damaged(_) => "damaged; the other copy is newer and whole",
         CopyState::Blank | CopyState::Valid(_) => return,
     };

@@ -223,7 +223,7 @@ impl Cache {
         let geometry = Geometry::new(superblock.size_bytes, superblock.block_bytes)?;
         let boot = boot_id().map_or_else(|_| String::new(), |id| id.to_string());
         let killed_in_this_boot = !superblock.clean && superblock.boot_id == boot;
-        let live = LiveMap::open(&options.live_dir, superblock.uuid, geometry)?;
+        let live = LiveMap::open(&options.live_dir, superblock.uuid, geometry, !superblock.clean)?;
         if killed_in_this_boot && !live.is_inherited() && !options.forget_unflushed {
             let path = live.path().to_owned();
             LiveMap::discard(&path).ok();

@@ -17,8 +17,6 @@ const SECTORS: usize = PAGE_BYTES / SECTOR_BYTES;
 const HEADER_BYTES: usize = 64;
 const SEAL_BYTES: usize = 8;
 const SEAL_AT: usize = SECTOR_BYTES - SEAL_BYTES;
-/// The first write of a page fills both copies, with sequences 1 and 2. From then on neither is ever blank.
-pub(super) const FIRST_SEQUENCES: u32 = 2;
 const MAGIC: &[u8; 8] = b"BLKFERRY";
 
 /// What a sealed page holds and where it belongs.
@@ -47,8 +45,9 @@ pub enum CopyState {
     Blank,
     /// As it was written.
     Valid(SealedPage),
-    /// A write that did not come to its end; what it was to say was never promised.
-    Torn,
+    /// A write that did not come to its end; what it was to say was never promised. The newest sequence
+    /// (low bits) in it: it must not be used again, or sectors of two such writes could pass for one.
+    Torn(u32),
     /// Changed after it was written. The newest sequence (low bits) that its good sectors name, if any.
     Damaged(Option<u32>),
 }
@@ -100,26 +99,24 @@ impl SealedPage {
             return CopyState::Blank;
         }
         let mut sequences = Vec::with_capacity(SECTORS);
-        let (mut damaged, mut blank) = (false, false);
+        let mut damaged = false;
         for (sector, bytes) in bytes.chunks_exact(SECTOR_BYTES).enumerate() {
             if u32_at(bytes, SEAL_AT + 4) == checksum(kind, index, sector, bytes) {
                 sequences.push(u32_at(bytes, SEAL_AT));
             } else if bytes.iter().all(|&b| b == 0) {
+                // Not yet reached by the first write of this copy.
                 sequences.push(0);
-                blank = true;
             } else {
                 damaged = true;
             }
         }
         let newest = sequences.iter().copied().max();
-        // A blank sector is one that the first write of this copy did not reach; later writes find none.
-        damaged |= blank && newest.is_some_and(|sequence| sequence > FIRST_SEQUENCES);
         if damaged {
             return CopyState::Damaged(newest);
         }
         let header = Self::header(bytes);
         if sequences.iter().any(|&s| s != header.sequence as u32) {
-            return CopyState::Torn;
+            return CopyState::Torn(newest.unwrap_or(0));
         }
         if &bytes[..8] != MAGIC || header.kind != kind || header.index != index {
             return CopyState::Damaged(None);
@@ -178,12 +175,10 @@ mod tests {
             }
             SealedPage::decode(&torn, 7, 3)
         };
-        let (blank, first) = (vec![0; PAGE_BYTES], page(2, 3).encode());
+        let blank = vec![0; PAGE_BYTES];
         for written in 1..255u32 {
-            assert_eq!(torn(&old, &new, written), CopyState::Torn, "sectors {written:#b}");
-            assert_eq!(torn(&blank, &first, written), CopyState::Torn, "sectors {written:#b} of the first write");
-            // Later writes find no blank sector: something has wiped it.
-            assert_eq!(torn(&blank, &new, written), CopyState::Damaged(Some(6)), "sectors {written:#b}");
+            assert_eq!(torn(&old, &new, written), CopyState::Torn(6), "sectors {written:#b}");
+            assert_eq!(torn(&blank, &new, written), CopyState::Torn(6), "sectors {written:#b} of the first write");
         }
         assert_eq!(SealedPage::decode(&[0; PAGE_BYTES], 7, 3), CopyState::Blank);
         // The right page in the wrong place is not taken for the page of that place.
