@@ -1,0 +1,17 @@
+//! What is on disk: golden bytes of every format in docs/FORMAT.md, and what happens when they are damaged.
+#![allow(clippy::unwrap_used)]
+
+mod bad;
+mod case;
+#[path = "../common/mod.rs"]
+mod common;
+mod flips;
+mod golden;
+mod hex;
+mod layout;
+mod lost;
+mod others;
+mod recovery;
+#[allow(dead_code)]
+#[path = "../model/rng.rs"]
+mod rng;
