@@ -10,11 +10,12 @@ use crossbeam::channel::Sender;
 use super::handler::{DaemonHandler, DeviceFacts, Meters};
 use super::{Daemon, DaemonError, DaemonOptions, Wish};
 use crate::cache::{
-    Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, SourceFacts, Superblock, default_metadata_path, peek,
+    Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Superblock, default_metadata_path,
+    peek,
 };
 use crate::control::{ControlServer, Entry, RunDir};
 use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Hydration, MAX_FETCH_BYTES, SourceHello};
-use crate::engine::{Engine, EngineConfig};
+use crate::engine::{Engine, EngineConfig, Geometry};
 use crate::frontend::{NbdFrontend, Presentation};
 use crate::nbd::Address;
 use crate::uring::{Listener, bind_private};
@@ -138,6 +139,9 @@ fn block_bytes(
     known: Option<&Superblock>,
     hello: Option<&SourceHello>,
 ) -> Result<Option<u64>, DaemonError> {
+    if let (None, Some(asked), Some(hello)) = (known, options.block_bytes, hello) {
+        Geometry::new(hello.size_bytes, asked).map_err(OpenError::from)?;
+    }
     let unit = hello.map_or(1, |h| h.min_read_bytes);
     let used = known.map(|s| s.block_bytes).or(options.block_bytes).unwrap_or(DEFAULT_BLOCK_BYTES.max(unit));
     if used < unit {

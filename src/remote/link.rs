@@ -221,6 +221,10 @@ impl Link {
                 self.chunk(reader, &mut pending, kind, len as usize).await?;
             }
         }
+        if pending.error == Some(NbdError::Shutdown) {
+            // It is going away: what is asked here is asked again when it is back (spec: "NBD_ESHUTDOWN").
+            return Err(LinkFailure::Closed);
+        }
         if header.is_last() {
             finish(pending)?;
         } else {

@@ -46,7 +46,9 @@ fn partial_writes_to_absent_blocks_are_merged_with_one_fetch_a_block() {
     note(&mut expected, 100 * BLOCK, &filled(0x54));
     note(&mut expected, 101 * BLOCK, &filled(0x55));
     let got = other.wait(read).unwrap();
-    for (range, words) in [(0..50, "untouched"), (50..150, "first write"), (150..3000, "between"), (3000..4096, "second")] {
+    for (range, words) in
+        [(0..50, "untouched"), (50..150, "first write"), (150..3000, "between"), (3000..4096, "second")]
+    {
         let now = &expected[5 * 4096..6 * 4096][range.clone()];
         assert!(got[range.clone()] == *now || got[range.clone()] == before[range], "{words}");
     }

@@ -1,0 +1,27 @@
+//! Bad input, of users, sources, clients and disks: one clear line, a non-zero exit, and nothing lost.
+#![allow(clippy::unwrap_used)]
+
+#[path = "../common/client.rs"]
+mod client;
+#[path = "../common/mod.rs"]
+mod common;
+#[path = "../common/reply.rs"]
+mod reply;
+#[path = "../common/source.rs"]
+mod source;
+
+mod caches;
+mod changed;
+mod disk_full;
+mod hostile;
+mod images;
+mod liar;
+mod lost;
+mod names;
+mod namespace;
+mod requests;
+mod sources;
+mod stop;
+mod strangers;
+mod trace;
+mod uring;

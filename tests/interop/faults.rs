@@ -1,0 +1,124 @@
+//! A source that cannot read: the request that needed it fails, the device lives on, and what can come comes.
+
+use crate::bench::{Phase, attach_in, finish, mixed_image, poll, qemu_io, run, text, try_run};
+use crate::client::Client;
+use crate::common::{World, assert_same};
+use crate::servers::nbdkit;
+
+const SIZE: u64 = 20 << 20;
+
+fn reads(uri: &str, command: &str) -> bool {
+    let out = try_run("qemu-io", &["-f", "raw", "-c", command, uri]);
+    assert!(out.status.code() == Some(0) || out.status.code() == Some(1), "{out:?}");
+    let said = String::from_utf8_lossy(&out.stdout).into_owned() + &String::from_utf8_lossy(&out.stderr);
+    assert!(out.status.success() || said.contains("Input/output error"), "{said}");
+    out.status.success()
+}
+
+/// Errors for as long as a file is there: nbdkit's `error` filter.
+#[test]
+fn an_error_of_the_source_is_the_guests_for_that_request_only() {
+    for structured in [true, false] {
+        let world = World::new();
+        let (image, cache, trigger) = (world.path("image.raw"), world.path("cache.raw"), world.path("fail"));
+        mixed_image(&image, SIZE);
+        let file = format!("error-file={}", text(&trigger));
+        let mut args = vec!["--filter=error", "file", text(&image), "error-pread=EIO", "error-pread-rate=100%", &file];
+        if !structured {
+            args.insert(0, "--no-sr");
+        }
+        let server = nbdkit(&world, &args);
+        let device = attach_in(&world, Phase::Before, &server.uri, &cache, &[]);
+        assert!(reads(&device.uri, "read 0 64K"));
+        std::fs::write(&trigger, "").unwrap();
+        assert!(!reads(&device.uri, "read 1M 64K"), "the source cannot read");
+        assert!(!reads(&device.uri, "write -P 1 2097153 100"), "a partial write cannot be merged");
+        // Hits and whole blocks go on.
+        qemu_io(&device.uri, &["read 0 64K", "write -P 0x21 3M 64K", "read -P 0x21 3M 64K", "flush"]);
+        let status = device.status();
+        assert_eq!((status["state"].as_str(), status["failure"].as_str()), (Some("active"), None));
+        assert_eq!(status["frontend"]["waiting_requests"], 0);
+        // Hydration says why it pauses, and goes on when it can.
+        device.set("hydrate=auto");
+        let status = device.wait_for(|status| status["hydrate"]["state"] == "paused");
+        let reason = status["hydrate"]["reason"].as_str().unwrap();
+        assert!(reason.contains("cannot read") && reason.contains("Input/output error"), "{reason}");
+        std::fs::remove_file(&trigger).unwrap();
+        assert!(reads(&device.uri, "read 1M 64K"));
+        device.wait_complete();
+        qemu_io(&device.uri, &["write -z 3M 64K"]);
+        finish(device);
+        run("qemu-io", &["-f", "raw", "-c", "write -z 3M 64K", text(&image)]);
+        assert_same(&image, &cache);
+    }
+}
+
+/// A disk of the letter `a` with one bad block at 8 MiB, over which reads fail after `pause` seconds.
+fn bad_block(world: &World, pause: &str) -> crate::servers::Server {
+    let pread = format!(
+        "pread=if [ $(($4 + $3)) -gt 8388608 ] && [ $4 -lt 8392704 ]; then sleep {pause}; echo EIO bad >&2; exit 1; fi
+         head -c $3 /dev/zero | tr '\\0' a"
+    );
+    nbdkit(world, &["eval", "get_size=echo 16777216", &pread])
+}
+
+#[test]
+fn a_bad_block_costs_that_block_only() {
+    let world = World::new();
+    let cache = world.path("cache.raw");
+    let server = bad_block(&world, "0");
+    let device = attach_in(&world, Phase::Before, &server.uri, &cache, &[]);
+    device.set("hydrate=auto");
+    // Everything else comes; the one block does not, and status says why.
+    let status = device.wait_for(|status| status["blocks"]["absent"] == 1);
+    assert_eq!(status["source_needed"], true);
+    let status = device.wait_for(|status| status["hydrate"]["state"] == "paused");
+    assert!(status["hydrate"]["reason"].as_str().unwrap().contains("8388608"), "{status}");
+    assert!(!reads(&device.uri, "read -P 0x61 8M 4096"));
+    assert!(reads(&device.uri, "read -P 0x61 8392704 1M"));
+    assert!(world.refused(["detach", &device.name]).contains("4096"), "it is not complete");
+    // The guest can write the block anew, as one does with a bad sector: then nothing is missing.
+    qemu_io(&device.uri, &["write -P 0x62 8M 4096"]);
+    device.wait_complete();
+    device.detach();
+    let mut want = vec![b'a'; 16 << 20];
+    want[8 << 20..][..4096].fill(b'b');
+    assert!(std::fs::read(&cache).unwrap() == want);
+}
+
+/// Hydration asks for many blocks at once. When that fails because of one of them, a guest that waits for another
+/// must still get it.
+#[test]
+fn a_guest_does_not_fail_with_hydrations_request() {
+    let world = World::new();
+    let cache = world.path("cache.raw");
+    let server = bad_block(&world, "1");
+    let device = attach_in(&world, Phase::Before, &server.uri, &cache, &[]);
+    device.set("hydrate=auto");
+    // Hydration has its request for the bad block and its neighbours under way, or will have it again.
+    device.wait_for(|status| status["blocks"]["present"] != 0);
+    let mut client = Client::connect(&device.uri);
+    poll("the neighbours of the bad block to be read", || {
+        let absent = device.status()["blocks"]["absent"].as_u64().unwrap();
+        for block in 1..256 {
+            let got = client.read((8 << 20) + block * 4096, 4096);
+            assert_eq!(got, Ok(vec![b'a'; 4096]), "block {block} after the bad one, {absent} blocks absent");
+        }
+        absent <= 1
+    });
+    drop(client);
+    world.ok(["detach", "--incomplete", &device.name]);
+}
+
+/// The smallest unit that fails is what is reported: a guest that reads over a bad block gets an error, not garbage.
+#[test]
+fn a_read_over_a_bad_block_fails_whole() {
+    let world = World::new();
+    let server = bad_block(&world, "0");
+    let device = attach_in(&world, Phase::Before, &server.uri, &world.path("cache.raw"), &[]);
+    for mut client in [Client::connect(&device.uri), Client::plain(&device.uri)] {
+        assert_eq!(client.read((8 << 20) - 8192, 16384), Err(blkferry::nbd::NbdError::Io));
+        assert_eq!(client.read((8 << 20) - 8192, 8192), Ok(vec![b'a'; 8192]));
+    }
+    world.ok(["detach", "--incomplete", &device.name]);
+}

@@ -1,0 +1,100 @@
+//! A TCP relay that counts: what crossed between a source and blkferry, by somebody who belongs to neither.
+
+use std::io::{Read, Write};
+use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::thread::JoinHandle;
+
+use crate::bench::poll;
+
+#[derive(Default)]
+struct Counters {
+    from_source: AtomicU64,
+    to_source: AtomicU64,
+    connections: AtomicU64,
+    pumps: AtomicU64,
+    stopping: AtomicBool,
+}
+
+/// A running relay; ends when dropped.
+pub struct Relay {
+    counters: Arc<Counters>,
+    address: SocketAddr,
+    acceptor: Option<JoinHandle<()>>,
+}
+
+impl Relay {
+    /// Relays to the server at an `nbd://HOST:PORT/EXPORT` URI.
+    pub fn before(uri: &str) -> Self {
+        let to: SocketAddr = uri.strip_prefix("nbd://").unwrap().trim_end_matches('/').parse().unwrap();
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let address = listener.local_addr().unwrap();
+        let counters = Arc::new(Counters::default());
+        let shared = counters.clone();
+        let acceptor = std::thread::spawn(move || {
+            for client in listener.incoming() {
+                if shared.stopping.load(Ordering::SeqCst) {
+                    return;
+                }
+                let client = client.unwrap();
+                shared.connections.fetch_add(1, Ordering::SeqCst);
+                let Ok(server) = TcpStream::connect(to) else { continue };
+                let (c, s) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                pump(server, client, shared.clone(), |counters| &counters.from_source);
+                pump(c, s, shared.clone(), |counters| &counters.to_source);
+            }
+        });
+        Self { counters, address, acceptor: Some(acceptor) }
+    }
+
+    pub fn uri(&self) -> String {
+        format!("nbd://{}", self.address)
+    }
+
+    /// Bytes of payload that came from the source.
+    pub fn received(&self) -> u64 {
+        self.counters.from_source.load(Ordering::SeqCst)
+    }
+
+    /// Bytes of payload that went to the source.
+    pub fn to_source(&self) -> u64 {
+        self.counters.to_source.load(Ordering::SeqCst)
+    }
+
+    /// Connections that were ever made.
+    pub fn connections(&self) -> u64 {
+        self.counters.connections.load(Ordering::SeqCst)
+    }
+
+    /// Waits until both ends of every connection have hung up: from then on the counts stand still.
+    pub fn wait_quiet(&self) {
+        poll("the relay's connections to close", || self.counters.pumps.load(Ordering::SeqCst) == 0);
+    }
+}
+
+impl Drop for Relay {
+    fn drop(&mut self) {
+        self.counters.stopping.store(true, Ordering::SeqCst);
+        // Wakes the acceptor. The pumps end with their connections.
+        let _ = TcpStream::connect(self.address);
+        let _ = self.acceptor.take().unwrap().join();
+    }
+}
+
+fn pump(mut from: TcpStream, mut to: TcpStream, counters: Arc<Counters>, which: fn(&Counters) -> &AtomicU64) {
+    counters.pumps.fetch_add(1, Ordering::SeqCst);
+    std::thread::spawn(move || {
+        let mut buffer = vec![0; 256 << 10];
+        while let Ok(n) = from.read(&mut buffer) {
+            if n == 0 || to.write_all(&buffer[..n]).is_err() {
+                break;
+            }
+            which(&counters).fetch_add(n as u64, Ordering::SeqCst);
+        }
+        // The end of one direction is passed on as such; the other may still have something to say.
+        let _ = to.shutdown(Shutdown::Write);
+        let _ = from.shutdown(Shutdown::Read);
+        counters.pumps.fetch_sub(1, Ordering::SeqCst);
+    });
+}
