@@ -77,7 +77,8 @@ impl Source {
             max_read_bytes,
             slots: RefCell::new(vec![None; slots]),
             link_up: Event::new(),
-            bulk_refused: Cell::new(false),
+            // Until somebody keeps links up, the first one is all there is.
+            bulk_refused: Cell::new(true),
             events: RefCell::new(None),
             is_lost: Cell::new(false),
         });
@@ -88,6 +89,7 @@ impl Source {
     /// Keeps links up from now on, and reports.
     pub fn keep_up(&self, events: Rc<dyn SourceEvents>) {
         *self.shared.events.borrow_mut() = Some(events);
+        self.shared.bulk_refused.set(false);
         let slots = self.shared.slots.borrow().len();
         let mut tasks = self.tasks.borrow_mut();
         tasks.extend((0..slots).map(|slot| spawn(keep_link(self.shared.clone(), slot))));

@@ -54,6 +54,37 @@ fn a_file_with_something_else_in_it() {
     refused(&world, args, &["letter.txt", "not a blkferry metadata file"]);
 }
 
+/// One file cannot be both: the one would be written over the other.
+#[test]
+fn a_cache_that_is_its_own_metadata() {
+    let (world, export) = with_source();
+    let cache = world.path("cache");
+    let dotted = world.path("./run/../cache");
+    for metadata in [&cache, &dotted] {
+        let args = ["attach", &export.uri, cache.to_str().unwrap(), "--metadata", metadata.to_str().unwrap()];
+        refused(&world, args, &["metadata", cache.to_str().unwrap()]);
+    }
+    // A file that is there, under two names.
+    File::create(&cache).unwrap();
+    std::fs::hard_link(&cache, world.path("twin")).unwrap();
+    std::os::unix::fs::symlink(&cache, world.path("alias")).unwrap();
+    for name in ["twin", "alias"] {
+        let metadata = world.path(name);
+        let args = ["attach", &export.uri, cache.to_str().unwrap(), "--metadata", metadata.to_str().unwrap()];
+        refused(&world, args, &["metadata"]);
+    }
+}
+
+/// An image that is all holes looks as empty as a new cache does.
+#[test]
+fn a_cache_that_is_being_served() {
+    let (world, _) = with_source();
+    let image = world.path("empty-disk");
+    File::create(&image).unwrap().set_len(SIZE).unwrap();
+    let export = world.export(&image);
+    attach_refused(&world, &export, &image, &["in use by another process"]);
+}
+
 #[test]
 fn a_cache_that_lost_a_part() {
     let (world, export) = with_source();

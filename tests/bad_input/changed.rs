@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use crate::client::Client;
 use crate::common::{World, make_image, noise};
-use crate::source::{Manners, Source};
+use crate::manners::Manners;
+use crate::source::Source;
 use crate::trace::refused;
 
 const SIZE: u64 = 4 << 20;

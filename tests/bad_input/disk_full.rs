@@ -10,8 +10,9 @@ use serde_json::Value;
 
 use crate::client::Client;
 use crate::common::{World, make_image, noise, tool};
+use crate::manners::Manners;
 use crate::namespace::{Mounted, alone};
-use crate::source::{Manners, Source};
+use crate::source::Source;
 use crate::trace::{assert_says, one_line};
 
 const MIB: u64 = 1 << 20;

@@ -4,83 +4,17 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use blkferry::nbd::option_data::{InfoKind, InfoRequest, MetaContextRequest};
 use blkferry::nbd::{
     BASE_ALLOCATION, ClientFlags, Command, CommandFlags, OptionKind, OptionReplyHeader, OptionReplyKind, Request,
-    Wants, put_option,
+    put_option,
 };
 
-use crate::client::{Client, dial, shake_hands};
-use crate::common::{Export, World, make_image, noise};
-
-/// A server to be cruel to.
-pub struct Target<'a> {
-    pub uri: &'a str,
-    pub pid: i32,
-    /// What a good client reads from it at the start of the disk.
-    pub expected: &'a [u8],
-}
-
-#[derive(Clone, Copy, Debug)]
-struct Usage {
-    descriptors: usize,
-    memory_kib: u64,
-}
-
-impl Target<'_> {
-    fn usage(&self) -> Usage {
-        let descriptors = std::fs::read_dir(format!("/proc/{}/fd", self.pid)).unwrap().count();
-        let status = std::fs::read_to_string(format!("/proc/{}/status", self.pid)).unwrap();
-        let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();
-        let memory_kib = line.split_whitespace().nth(1).unwrap().parse().unwrap();
-        Usage { descriptors, memory_kib }
-    }
-
-    fn assert_good_client(&self, after: &str) {
-        let mut client = Client::connect(self.uri);
-        for (at, piece) in self.expected.chunks(65536).enumerate() {
-            assert!(client.read(at as u64 * 65536, piece.len() as u32) == piece, "after {after}");
-        }
-        client.disconnect();
-    }
-
-    /// Does its worst more than once, and sees to it that nobody else notices.
-    fn survives(&self, cruelty: &str, act: impl Fn(&Self)) {
-        self.assert_good_client("a good one");
-        let before = self.usage();
-        let mut first = None;
-        for _ in 0..3 {
-            act(self);
-            self.assert_good_client(cruelty);
-            let now = self.usage_with(before.descriptors);
-            // The allocator may keep what was needed once, but not more each time.
-            let first = *first.get_or_insert(now);
-            assert!(now.memory_kib < first.memory_kib + (32 << 10), "{cruelty}: {before:?}, {first:?}, then {now:?}");
-        }
-    }
-
-    /// Waits until the descriptors are as many as before (or a few more: of the good client, perhaps).
-    fn usage_with(&self, descriptors: usize) -> Usage {
-        let started = Instant::now();
-        loop {
-            let now = self.usage();
-            if now.descriptors <= descriptors + 2 {
-                return now;
-            }
-            let waited = started.elapsed();
-            assert!(waited < Duration::from_secs(20), "{} descriptors, before {descriptors}", now.descriptors);
-            std::thread::sleep(Duration::from_millis(20));
-        }
-    }
-
-    fn in_transmission(&self) -> UnixStream {
-        let mut stream = dial(self.uri);
-        shake_hands(&mut stream, "", Wants { structured: true, ..Wants::default() });
-        stream
-    }
-}
+use crate::client::dial;
+use crate::common::{BLKFERRY, Export, World, make_image, noise};
+use crate::target::Target;
 
 /// Reads until the server hangs up; it must.
 fn hangs_up(mut stream: UnixStream, after: &str) {
@@ -122,7 +56,7 @@ fn header_only(kind: OptionKind, len: u32) -> Vec<u8> {
     out
 }
 
-pub fn garbage_instead_of_a_handshake(target: &Target<'_>) {
+fn garbage_instead_of_a_handshake(target: &Target<'_>) {
     target.survives("garbage", |target| {
         for seed in 0..40 {
             let mut stream = dial(target.uri);
@@ -144,7 +78,7 @@ pub fn garbage_instead_of_a_handshake(target: &Target<'_>) {
     });
 }
 
-pub fn options_that_make_no_sense(target: &Target<'_>) {
+fn options_that_make_no_sense(target: &Target<'_>) {
     target.survives("options", |target| {
         let mut stream = haggling(target);
         let mut expect = |kind, data: &[u8], want| {
@@ -176,7 +110,7 @@ pub fn options_that_make_no_sense(target: &Target<'_>) {
     });
 }
 
-pub fn options_without_an_end(target: &Target<'_>) {
+fn options_without_an_end(target: &Target<'_>) {
     target.survives("options without an end", |target| {
         let mut stream = haggling(target);
         stream.write_all(&header_only(OptionKind::Unknown(7), u32::MAX)).unwrap();
@@ -208,7 +142,7 @@ pub fn options_without_an_end(target: &Target<'_>) {
     });
 }
 
-pub fn half_open_handshakes(target: &Target<'_>) {
+fn half_open_handshakes(target: &Target<'_>) {
     target.survives("half-open handshakes", |target| {
         let whole = [ClientFlags::all().bits().to_be_bytes().to_vec(), option(OptionKind::List, &[])].concat();
         let mut open = Vec::new();
@@ -222,7 +156,7 @@ pub fn half_open_handshakes(target: &Target<'_>) {
     });
 }
 
-pub fn hang_ups(target: &Target<'_>) {
+fn hang_ups(target: &Target<'_>) {
     let request =
         |command, len| Request { flags: CommandFlags::empty(), command, cookie: 1, offset: 0, len }.encode().to_vec();
     target.survives("hang-ups", |target| {
@@ -247,7 +181,7 @@ pub fn hang_ups(target: &Target<'_>) {
     });
 }
 
-pub fn requests_that_are_none(target: &Target<'_>) {
+fn requests_that_are_none(target: &Target<'_>) {
     target.survives("requests that are none", |target| {
         for seed in 0..20 {
             let mut stream = target.in_transmission();
@@ -267,7 +201,7 @@ pub fn requests_that_are_none(target: &Target<'_>) {
 }
 
 /// Asks for gigabytes and reads nothing.
-pub fn answers_that_nobody_reads(target: &Target<'_>) {
+fn answers_that_nobody_reads(target: &Target<'_>) {
     target.survives("answers that nobody reads", |target| {
         let before = target.usage();
         let mut greedy = Vec::new();
@@ -291,7 +225,7 @@ pub fn answers_that_nobody_reads(target: &Target<'_>) {
 }
 
 /// More than the server takes at a time: the others wait for their turn, and get it.
-pub fn too_many_clients(target: &Target<'_>) {
+fn too_many_clients(target: &Target<'_>) {
     target.survives("too many clients", |target| {
         let crowd: Vec<UnixStream> =
             (0..400).filter_map(|_| UnixStream::connect(crate::client::socket_of(target.uri)).ok()).collect();
@@ -304,7 +238,7 @@ pub fn too_many_clients(target: &Target<'_>) {
     });
 }
 
-pub fn all(target: &Target<'_>) {
+fn all(target: &Target<'_>) {
     garbage_instead_of_a_handshake(target);
     options_that_make_no_sense(target);
     options_without_an_end(target);
@@ -313,6 +247,28 @@ pub fn all(target: &Target<'_>) {
     requests_that_are_none(target);
     answers_that_nobody_reads(target);
     too_many_clients(target);
+}
+
+/// More clients than the server has descriptors for.
+#[test]
+fn an_export_runs_out_of_descriptors() {
+    let world = World::new();
+    make_image(&world.path("image"), SIZE, &[(0, SIZE)]);
+    let (image, socket) = (world.path("image"), world.path("few"));
+    let serve =
+        format!("ulimit -n 40; exec '{}' export '{}' --listen unix:'{}'", BLKFERRY, image.display(), socket.display());
+    let mut command = std::process::Command::new("sh");
+    command.args(["-c", &serve]).env("BLKFERRY_LOG", "off").stdout(std::process::Stdio::null());
+    let child = command.spawn().unwrap();
+    crate::common::wait_for_socket(&socket);
+    let export = Export { child, uri: format!("nbd+unix:///?socket={}", socket.display()) };
+    let expected = std::fs::read(&image).unwrap();
+    let target = Target { uri: &export.uri, pid: export.child.id() as i32, expected: &expected };
+    target.survives("too few descriptors", |target| {
+        let crowd: Vec<UnixStream> = (0..100).map(|_| dial(target.uri)).collect();
+        drop(crowd);
+    });
+    export.stop();
 }
 
 const SIZE: u64 = 4 << 20;

@@ -7,8 +7,9 @@ use serde_json::Value;
 
 use crate::client::Client;
 use crate::common::{World, noise};
+use crate::manners::Manners;
 use crate::reply::Lie;
-use crate::source::{Manners, Source};
+use crate::source::Source;
 
 const BLOCK: u64 = 4096;
 const SIZE: u64 = 8 << 20;

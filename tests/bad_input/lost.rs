@@ -1,14 +1,17 @@
 //! A source that disappears and comes back: as it was, as another disk, or in part.
 
+use std::fs::File;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use serde_json::Value;
 
 use crate::client::{Client, socket_of};
 use crate::common::{Device, Export, World, make_image, noise};
-use crate::source::{Manners, Source};
+use crate::manners::Manners;
+use crate::source::Source;
 use crate::trace::refused;
 
 const SIZE: u64 = 8 << 20;
@@ -230,11 +233,10 @@ fn it_falls_silent() {
     let source = Source::start(&world.path("source"), expected.clone(), Manners::default());
     let device = world.attach(&source.uri, &world.path("cache"), "disk", &["--hydrate", "off"]);
     source.wait_connected(3);
-    // The old connections are dead, new ones are not.
-    let old = source.accepted();
-    source.hold(move |asked| asked.connection < old);
+    // The connection that demand has is dead, new ones are not.
+    source.hold(|asked| asked.connection == 0);
     let mut client = Client::connect(&device.uri);
-    client.set_patience(Duration::from_secs(150));
+    client.set_patience(Duration::from_secs(90));
     assert!(client.read(1 << 20, 4096) == expected[1 << 20..(1 << 20) + 4096]);
     source.let_go();
     assert_complete(device, &world.path("cache"), &expected);
@@ -251,6 +253,35 @@ fn it_falls_silent_in_the_middle_of_an_answer() {
     client.set_patience(Duration::from_secs(90));
     assert!(client.read(1 << 20, 65536) == expected[1 << 20..(1 << 20) + 65536]);
     assert_complete(device, &world.path("cache"), &expected);
+}
+
+#[test]
+fn it_disappears_during_a_verification() {
+    let world = World::new();
+    let expected = noise(1, SIZE as usize);
+    let mut source = Source::start(&world.path("source"), expected, Manners::default());
+    let device = world.attach(&source.uri, &world.path("cache"), "disk", &[]);
+    device.wait_complete();
+    source.forget_asked();
+    source.hold_all();
+    let said = world.path("said");
+    let mut verify = world.command(["verify", "disk"]);
+    let mut child = verify.stderr(File::create(&said).unwrap()).stdout(Stdio::null()).spawn().unwrap();
+    source.wait_held(1);
+    source.close();
+    let started = Instant::now();
+    while child.try_wait().unwrap().is_none() {
+        if started.elapsed() > Duration::from_secs(60) {
+            child.kill().unwrap();
+            child.wait().unwrap();
+            panic!("it waits for ever");
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert_eq!(child.wait().unwrap().code(), Some(1));
+    let said = std::fs::read_to_string(&said).unwrap();
+    assert!(said.lines().count() == 1 && said.contains(&source.uri), "{said}");
+    device.detach();
 }
 
 #[test]

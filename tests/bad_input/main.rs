@@ -5,6 +5,8 @@
 mod client;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/manners.rs"]
+mod manners;
 #[path = "../common/reply.rs"]
 mod reply;
 #[path = "../common/source.rs"]
@@ -23,5 +25,6 @@ mod requests;
 mod sources;
 mod stop;
 mod strangers;
+mod target;
 mod trace;
 mod uring;

@@ -172,6 +172,30 @@ fn a_dead_device_stays_listed_when_it_cannot_be_attached_again() {
     world.ok(["detach", "disk", "--incomplete"]);
 }
 
+/// Standard output on a full disk, as with `blkferry list > file`.
+#[test]
+fn an_output_that_cannot_be_written() {
+    let (world, export) = with_source();
+    let device = world.attach(&export.uri, &world.path("cache"), "disk", &[]);
+    device.wait_complete();
+    let listen = format!("unix:{}", world.path("socket").display());
+    let image = world.path("image");
+    for args in [
+        &["list"][..],
+        &["list", "--json"],
+        &["status", "disk"],
+        &["status", "disk", "--json"],
+        &["set", "disk", "hydrate=off"],
+        &["verify", "disk"],
+        &["export", image.to_str().unwrap(), "--listen", &listen],
+        &["detach", "disk"],
+    ] {
+        let full = File::options().write(true).open("/dev/full").unwrap();
+        let out = world.command(args).stdout(full).output().unwrap();
+        assert_says(&one_line(&out), &["No space left on device"]);
+    }
+}
+
 fn say(socket: &Path, bytes: &[u8]) -> String {
     let mut stream = UnixStream::connect(socket).unwrap();
     stream.set_read_timeout(Some(std::time::Duration::from_secs(30))).unwrap();

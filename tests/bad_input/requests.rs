@@ -5,8 +5,9 @@ use blkferry::nbd::{Command, CommandFlags, NbdError, Wants};
 
 use crate::client::Client;
 use crate::common::{World, make_image};
-use crate::hostile::Target;
-use crate::source::{Manners, Source};
+use crate::manners::Manners;
+use crate::source::Source;
+use crate::target::Target;
 
 const SIZE: u64 = 4 << 20;
 const NONE: CommandFlags = CommandFlags::empty();

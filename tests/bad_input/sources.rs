@@ -8,7 +8,8 @@ use blkferry::nbd::option_data::Info;
 use blkferry::nbd::{BlockSizes, HandshakeFlags, NBD_MAGIC, OptionKind, OptionReplyKind, TransmissionFlags};
 
 use crate::common::{World, make_image, noise};
-use crate::source::{Manners, Source};
+use crate::manners::Manners;
+use crate::source::Source;
 use crate::strangers::{Replies, greeting, haggler, says, stranger};
 use crate::trace::{misused, refused};
 

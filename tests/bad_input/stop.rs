@@ -10,7 +10,8 @@ use serde_json::Value;
 
 use crate::client::{Client, dial};
 use crate::common::{World, kill, make_image};
-use crate::source::{Manners, Source};
+use crate::manners::Manners;
+use crate::source::Source;
 use crate::strangers::stranger;
 
 const SIZE: u64 = 8 << 20;

@@ -6,7 +6,7 @@ use blkferry::nbd::chunk::{
 };
 use blkferry::nbd::{ChunkKind, NbdError, ReplyFlags, StateFlags, put_chunk_header, put_simple_reply};
 
-use super::source::Manners;
+use super::manners::Manners;
 
 /// Granule of zeros.
 const GRANULE: usize = 4096;

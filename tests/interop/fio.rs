@@ -63,7 +63,7 @@ fn verify(phase: Phase, depth: u32, jobs: &[Job], attach: &[&str]) {
     });
     run("fio", &strs(&fio));
     if phase == Phase::Before {
-        assert_eq!(device.status()["hydrate"]["state"], "off", "nothing comes by itself");
+        assert_eq!(device.status()["hydrate"]["mode"], "off", "nothing comes by itself");
     }
     device.set("hydrate=auto");
     device.wait_complete();

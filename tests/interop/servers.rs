@@ -1,5 +1,6 @@
 //! Other people's NBD servers, as sources.
 
+use std::fs::File;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 
@@ -17,7 +18,10 @@ impl Server {
     /// be wrong: a server may take one client only.)
     fn start(program: &str, args: Vec<String>, pid_file: &Path, uri: String) -> Self {
         let mut command = Command::new("setpriv");
-        command.args(["--pdeathsig", "KILL", "--", program]).args(args).stdin(Stdio::null());
+        // What it says about requests that were meant to fail is of no interest, unless it does not come up.
+        let log = pid_file.with_extension("log");
+        command.args(["--pdeathsig", "KILL", "--", program]).args(args);
+        command.stdin(Stdio::null()).stderr(File::create(&log).unwrap());
         let mut child = command.spawn().expect("setpriv is there (util-linux)");
         poll(&format!("{program} to listen"), || {
             let ended = child.try_wait().unwrap();

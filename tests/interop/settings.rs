@@ -111,6 +111,7 @@ fn a_guest_that_never_stops_flushing_sees_the_end() {
     });
     assert_eq!(status["source_needed"], false, "a thousand commits later it still is not complete: {status}");
     finish(device);
+    drop(export);
     run("qemu-io", &["-f", "raw", "-c", "write -P 0x77 4096 512", text(&image)]);
     assert_same(&image, &cache);
 }

@@ -8,8 +8,8 @@ use serde_json::Value;
 
 use crate::client::Client;
 use crate::common::kill;
+use crate::manners::Manners;
 use crate::rig::{BLOCK, Rig, assert_disk, assert_raw_image, filled, note};
-use crate::source::Manners;
 
 const MIB: u64 = 1 << 20;
 

@@ -3,8 +3,8 @@
 use blkferry::nbd::{Command, CommandFlags, Wants};
 
 use crate::client::Client;
+use crate::manners::Manners;
 use crate::rig::{BLOCK, Rig, assert_disk, assert_raw_image, filled, note};
-use crate::source::Manners;
 
 /// Blocks from 0 that are here before anything waits.
 const PRESENT: u64 = 128;

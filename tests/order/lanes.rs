@@ -1,8 +1,9 @@
 //! Demand does not stand behind hydration.
 
 use crate::client::Client;
+use crate::manners::Manners;
 use crate::rig::{BLOCK, Rig, assert_raw_image, filled, note};
-use crate::source::{Asked, Manners};
+use crate::source::Asked;
 
 const MIB: u64 = 1 << 20;
 

@@ -6,6 +6,8 @@
 mod client;
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/manners.rs"]
+mod manners;
 #[path = "../common/reply.rs"]
 mod reply;
 #[path = "../common/source.rs"]

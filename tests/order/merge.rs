@@ -5,8 +5,8 @@ use std::thread;
 use blkferry::nbd::{Command, CommandFlags, NbdError};
 
 use crate::client::Client;
+use crate::manners::Manners;
 use crate::rig::{BLOCK, Rig, assert_disk, assert_raw_image, filled, note};
-use crate::source::Manners;
 
 #[test]
 fn partial_writes_to_absent_blocks_are_merged_with_one_fetch_a_block() {

@@ -4,8 +4,9 @@ use std::thread;
 
 use crate::client::Client;
 use crate::common::noise;
+use crate::manners::Manners;
 use crate::rig::{BLOCK, Rig, assert_disk, assert_raw_image};
-use crate::source::{Manners, Source};
+use crate::source::Source;
 
 fn assert_never_twice(source: &Source) {
     let times = source.times_asked(BLOCK);

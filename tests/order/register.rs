@@ -14,7 +14,8 @@ use blkferry::nbd::{Command, CommandFlags};
 
 use crate::client::{Client, Reply};
 use crate::common::{World, noise};
-use crate::source::{Manners, Source};
+use crate::manners::Manners;
+use crate::source::Source;
 
 const SECTOR: u64 = 512;
 const SECTORS: u64 = 2048;

@@ -4,7 +4,8 @@ use std::path::PathBuf;
 
 use crate::client::Client;
 use crate::common::{Device, World, noise};
-use crate::source::{Manners, Source};
+use crate::manners::Manners;
+use crate::source::Source;
 
 pub const BLOCK: u64 = 4096;
 
