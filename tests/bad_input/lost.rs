@@ -259,11 +259,11 @@ fn it_falls_silent_in_the_middle_of_an_answer() {
 fn it_disappears_during_a_verification() {
     let world = World::new();
     let expected = noise(1, SIZE as usize);
-    let mut source = Source::start(&world.path("source"), expected, Manners::default());
+    // Foreign, so that it is compared by reading it.
+    let mut source = Source::start(&world.path("source"), expected, foreign());
     let device = world.attach(&source.uri, &world.path("cache"), "disk", &[]);
     device.wait_complete();
-    source.forget_asked();
-    source.hold_all();
+    source.hold(|asked| asked.len > 65536);
     let said = world.path("said");
     let mut verify = world.command(["verify", "disk"]);
     let mut child = verify.stderr(File::create(&said).unwrap()).stdout(Stdio::null()).spawn().unwrap();

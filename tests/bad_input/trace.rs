@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::ffi::OsStr;
 use std::fs;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
+use std::os::unix::fs::FileTypeExt;
 use std::path::{Path, PathBuf};
 use std::process::Output;
 
@@ -32,7 +32,7 @@ impl Tree {
                 }
                 () if kind.is_file() => {
                     let hash = blake3::hash(&fs::read(&path).unwrap());
-                    format!("{} bytes in {} sectors, {hash}", meta.len(), meta.blocks())
+                    format!("{} bytes, {hash}", meta.len())
                 }
                 () if kind.is_socket() => "socket".to_owned(),
                 () => "something else".to_owned(),

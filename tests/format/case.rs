@@ -38,7 +38,8 @@ impl Case {
         for (write, read) in [("write -P 1 64k 64k", "read 4M 64k"), ("write -P 2 6M 256k", "read 0 16k")] {
             qemu_io(&device.uri, &[write, read, "flush"]);
         }
-        let status = device.status();
+        // A read is answered before its blocks stand in the cache.
+        let status = device.wait_for(|status| status["blocks"]["present"] == 100);
         world.ok(["detach", "disk", "--incomplete"]);
         let good = (fs::read(&cache).unwrap(), fs::read(&metadata).unwrap());
         assert_eq!(good.1.len(), 4 * PAGE_BYTES);
@@ -105,10 +106,6 @@ impl Case {
         self.world.ok(["detach", "again", "--incomplete"]);
     }
 
-    fn uuid(&self) -> uuid::Uuid {
-        uuid::Uuid::from_slice(&self.good.1[16..32]).unwrap()
-    }
-
     /// All files of the test and what is in them, but for logs; and the live maps.
     fn everything(&self) -> BTreeMap<PathBuf, Vec<u8>> {
         let mut files = BTreeMap::new();
@@ -122,12 +119,20 @@ impl Case {
                 }
             }
         }
-        let live = format!("/dev/shm/blkferry-{}/{}.live", nix::unistd::geteuid(), self.uuid());
-        if Path::new(&live).exists() {
-            files.insert(live.clone().into(), fs::read(live).unwrap());
+        let uuid = uuid::Uuid::from_slice(&self.good.1[16..32]).unwrap();
+        let live = live_path(&self.world, uuid);
+        if live.exists() {
+            files.insert(live.clone(), fs::read(live).unwrap());
         }
         files
     }
+}
+
+/// Where the live map of a cache is while it is attached.
+pub fn live_path(world: &World, uuid: uuid::Uuid) -> PathBuf {
+    let in_run_dir = world.run_dir().join("live");
+    let elsewhere = PathBuf::from(format!("/dev/shm/blkferry-{}", nix::unistd::geteuid()));
+    (if in_run_dir.is_dir() { in_run_dir } else { elsewhere }).join(format!("{uuid}.live"))
 }
 
 /// Runs qemu-io commands on a device or file.

@@ -8,7 +8,7 @@ use blkferry::cache::{Committer, Durable, MetadataFile};
 use blkferry::engine::{Geometry, Maps, PageImage, load_page};
 use blkferry::identity::{IdentityHasher, sample_ranges};
 
-use crate::case::{Case, qemu_io, superblock_of};
+use crate::case::{Case, live_path, qemu_io, superblock_of};
 use crate::common::make_image;
 use crate::golden::{
     BLOCKS, map_image, map_page, second_map_page, superblock, superblock_page, superblock_page_complete,
@@ -139,8 +139,9 @@ fn the_live_map_is_what_the_document_says() {
     // Blocks 0 to 3 are written; 64 and 65, and 15 999 of the second page, are only read.
     qemu_io(&device.uri, &["write 0 16k", "read 256k 8k", "read 65531904 4k"]);
     let uuid = superblock_of(&case.world.path("live.ferry")).uuid;
-    let path = format!("/dev/shm/blkferry-{}/{uuid}.live", nix::unistd::geteuid());
-    let found = fs::read(path).unwrap();
+    // A read is answered before its blocks stand in the cache.
+    device.wait_for(|status| status["blocks"]["present"] == 7);
+    let found = fs::read(live_path(&case.world, uuid)).unwrap();
     device.set("hydrate=auto");
     device.wait_complete();
     device.detach();
