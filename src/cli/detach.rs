@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use super::display;
 use crate::control::{Client, ControlError, Detached, Request, RunDir};
+use crate::daemon;
 
 /// End a device
 ///
@@ -28,7 +29,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let run = RunDir::open()?;
     let mut client = match Client::connect(&run, &args.name) {
         Err(ControlError::NotRunning(name)) if args.force => {
-            run.forget(&name)?;
+            daemon::forget(&run, &name)?;
             println!("{name}: forgotten; its cache is as it was");
             return Ok(ExitCode::SUCCESS);
         }

@@ -4,7 +4,9 @@ mod attach;
 mod detach;
 mod display;
 mod export;
+mod launch;
 mod list;
+mod recover;
 mod set;
 mod status;
 mod verify;
@@ -43,6 +45,7 @@ enum Verb {
     Set(set::Args),
     Detach(detach::Args),
     Verify(verify::Args),
+    Recover(recover::Args),
 }
 
 /// Parses the command line and does what it says.
@@ -57,6 +60,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Verb::Set(args) => set::run(args),
         Verb::Detach(args) => detach::run(args),
         Verb::Verify(args) => verify::run(args),
+        Verb::Recover(args) => recover::run(args, cli.verbose),
     }
 }
 

@@ -56,7 +56,11 @@ fn watch(client: &mut Client, mut status: Status) -> anyhow::Result<()> {
 fn print(s: &Status) {
     let bytes = display::bytes;
     println!("{}: {}", s.name, display::headline(s));
-    println!("  device    {} ({}, {} clients)", s.frontend.uri, bytes(s.bytes.total), s.frontend.clients);
+    let users = match s.frontend.kind.as_str() {
+        "ublk" => format!("{} queues of {}, {}", s.frontend.queues, s.frontend.depth, s.frontend.features.join(" ")),
+        _ => format!("{} clients", s.frontend.clients),
+    };
+    println!("  device    {} ({}, {users})", s.frontend.uri, bytes(s.bytes.total));
     println!("  cache     {}", s.cache.path);
     println!("  here      {} ({} written here)", bytes(s.bytes.present), bytes(s.blocks.dirty * s.blocks.size_bytes));
     println!("  absent    {}", bytes(s.bytes.absent));
