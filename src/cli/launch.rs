@@ -12,6 +12,7 @@ use indicatif::ProgressBar;
 use super::display;
 use crate::control::{RunDir, Status};
 use crate::daemon::{self, DaemonOptions, Observer};
+use crate::ublk;
 
 /// What a daemon says instead of its status when it did not come up. Its end may be long in coming: a
 /// thread of it may hang in the kernel.
@@ -69,6 +70,7 @@ fn start_in_background(manner: Manner, verbose: u8) -> anyhow::Result<ExitCode> 
         // The daemon's errors come through; what it does on the way up is of interest in its log only.
         command.env("BLKFERRY_LOG", "info");
     }
+    ublk::keep_descriptors();
     let mut child = command.spawn().context("cannot start the daemon")?;
     let mut line = String::new();
     let said = child.stdout.take().map(|out| BufReader::new(out).read_line(&mut line));

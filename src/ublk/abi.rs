@@ -276,11 +276,17 @@ impl Request {
             5 => Operation::WriteZeroes,
             other => Operation::Unknown(other),
         };
+        let (sector, sectors) = match operation {
+            // A flush is of the whole device; the kernel leaves anything in these words.
+            Operation::Flush => (0, 0),
+            _ => (u64::from_ne_bytes(take(bytes, 8)), u32::from_ne_bytes(take(bytes, 4))),
+        };
         Self {
             operation,
             flags: RequestFlags::from_bits_retain(op_flags & !0xff),
-            offset_bytes: u64::from_ne_bytes(take(bytes, 8)).saturating_mul(SECTOR_BYTES),
-            len_bytes: u64::from(u32::from_ne_bytes(take(bytes, 4))) * SECTOR_BYTES,
+            // No device ends where adding a length could overflow.
+            offset_bytes: sector.saturating_mul(SECTOR_BYTES).min(i64::MAX as u64),
+            len_bytes: u64::from(sectors) * SECTOR_BYTES,
         }
     }
 }
@@ -357,6 +363,10 @@ mod tests {
         assert_eq!(request.operation, Operation::Write);
         assert!(request.flags.contains(RequestFlags::FUA) && !request.flags.contains(RequestFlags::NOUNMAP));
         assert_eq!((request.offset_bytes, request.len_bytes), (51_200, 4096));
+        bytes[0] = 2;
+        put(&mut bytes, 8, &u64::MAX.to_ne_bytes());
+        let flush = Request::decode(&bytes);
+        assert_eq!((flush.operation, flush.offset_bytes, flush.len_bytes), (Operation::Flush, 0, 0));
         bytes[0] = 15;
         assert_eq!(Request::decode(&bytes).operation, Operation::Unknown(15));
     }

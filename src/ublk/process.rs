@@ -9,6 +9,14 @@ use nix::sched::{CloneFlags, unshare};
 /// `PR_SET_IO_FLUSHER` of linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
 
+/// Keeps what this process has open from the programs that it starts: a daemon that inherited its own device
+/// would never see it unused.
+pub fn keep_descriptors() {
+    // SAFETY: marks descriptors as not to be inherited; none is closed, and no memory is named. A kernel
+    // without this (before 5.11) has no ublk either.
+    unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+}
+
 /// Makes this process fit to serve, before it has other threads. Whatever is not permitted is a line of warning.
 ///
 /// - A mount namespace of its own, cut off from others' mounts: a file system on the device must not be
