@@ -40,15 +40,18 @@ kill "$(status_of a .pid)"
 wait_for 10 test ! -e /dev/ublkb0
 [[ -z $(blkferry list --json | jq -r '.[]') ]] || fail "a stopped device is still listed"
 
-# A source that ends within a sector.
+# A source that ends within a logical block.
 kill %1
 wait
 rm -f source.sock
-truncate -s 1000 source.raw
+truncate -s $(((1 << 20) + 512)) source.raw
 export_source
-refuses "--frontend nbd" attach odd.raw --frontend ublk
+refuses "--frontend nbd" attach odd.raw --frontend ublk --logical-block-size 4096
 [[ ! -e odd.raw ]] || fail "something was left behind"
 [[ -z $(ls /dev/ublkc* 2>/dev/null) ]] || fail "a device is left"
+attach odd.raw --frontend ublk
+cmp source.raw /dev/ublkb0
+blkferry detach odd --incomplete
 
 # Devices by the dozen.
 kill %1
