@@ -102,6 +102,7 @@ fn options(args: &Args) -> DaemonOptions {
         queues: args.queues,
         depth: args.depth,
         logical_bytes: args.logical_block_size,
+        ublksrv: false,
         recover: None,
     };
     DaemonOptions {
@@ -118,7 +119,7 @@ fn options(args: &Args) -> DaemonOptions {
 }
 
 /// A name out of a path: what cannot stand in a name becomes a dash.
-fn name_of(cache: &std::path::Path) -> String {
+pub(super) fn name_of(cache: &std::path::Path) -> String {
     let stem = cache.file_stem().map_or_else(|| "disk".into(), |s| s.to_string_lossy().into_owned());
     let clean = |c: char| if c.is_ascii_alphanumeric() || "._-".contains(c) { c } else { '-' };
     stem.trim_start_matches(['.', '-']).chars().map(clean).take(48).collect()

@@ -9,7 +9,10 @@ mod list;
 mod recover;
 mod set;
 mod status;
+mod target;
 mod verify;
+
+pub use target::run_target;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -76,6 +76,9 @@ pub struct UblkEntry {
     pub metadata: PathBuf,
     /// How to hydrate.
     pub hydrate: String,
+    /// Known to ublksrv's `ublk`?
+    #[serde(default)]
+    pub ublksrv: bool,
 }
 
 /// The directory: `/run/blkferry`, or `$XDG_RUNTIME_DIR/blkferry` without root, or `$BLKFERRY_RUN_DIR`.

@@ -12,6 +12,7 @@ mod rate;
 mod signals;
 mod start;
 mod ublk;
+mod ublksrv;
 
 use std::io;
 use std::path::PathBuf;
@@ -21,7 +22,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 
 use crate::cache::{MetadataError, OpenError};
-use crate::control::{Detached, Entry, NameError, RunDir, RunDirError, Status};
+use crate::control::{Detached, Entry, NameError, RunDir, RunDirError, Status, UblkEntry};
 use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Mode};
 use crate::frontend::{Frontend, FrontendError, ShapeError};
 use crate::nbd::Uri;
@@ -192,6 +193,7 @@ pub fn run(options: &DaemonOptions, observer: &mut dyn Observer) -> Result<(), D
         }
     };
     claim.publish(&daemon.entry).map_err(|e| DaemonError::Io("the run directory's entry", e))?;
+    daemon.tell_ublksrv()?;
     let said = observer.ready(&daemon.handler.snapshot());
     said.map_err(|e| DaemonError::Io("cannot say that the device is ready", e))?;
     match daemon.main_loop(&wished, observer) {
@@ -250,6 +252,10 @@ impl Daemon {
     fn main_loop(self, wished: &Receiver<Wish>, observer: &mut dyn Observer) -> Result<End, DaemonError> {
         loop {
             match wished.recv_timeout(TICK) {
+                Err(RecvTimeoutError::Timeout) if self.frontend.has_ended() => {
+                    log::info!("the block device was stopped by somebody else");
+                    return self.stop().map(|()| End::Gone);
+                }
                 Err(RecvTimeoutError::Timeout) => observer.tick(&self.handler.sample()),
                 Err(RecvTimeoutError::Disconnected) | Ok(Wish::Stop) => match self.frontend.close() {
                     Ok(()) => return self.stop().map(|()| End::Gone),
@@ -288,11 +294,24 @@ impl Daemon {
         }
     }
 
+    fn tell_ublksrv(&self) -> Result<(), DaemonError> {
+        match (&self.frontend, &self.entry.ublk) {
+            (Frontend::Ublk(ublk), Some(UblkEntry { ublksrv: true, .. })) => {
+                ublksrv::write(ublk.device().info(), self.core.geometry().size_bytes())
+                    .map_err(|e| DaemonError::Io("the file that tells ublksrv of the device", e))
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn stop(self) -> Result<(), DaemonError> {
         // Queues that cannot be stopped may still write: then the cache is not called clean.
         self.frontend.stop()?;
         self.fetch.stop();
         let result = self.commit.stop(&self.core).map_err(DaemonError::Unclean);
+        if let Some(UblkEntry { ublksrv: true, id, .. }) = self.entry.ublk {
+            ublksrv::remove(id);
+        }
         // Gone already is as good.
         let _ = std::fs::remove_file(&self.entry.control);
         result

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crossbeam::channel::Sender;
 
 use super::handler::{DaemonHandler, DeviceFacts, Meters};
-use super::{Daemon, DaemonError, DaemonOptions, UblkOptions, Wish};
+use super::{Daemon, DaemonError, DaemonOptions, Wish};
 use crate::cache::{
     Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Superblock, default_metadata_path,
     peek,
@@ -86,9 +86,9 @@ pub(super) fn start(
         ublk: None,
     };
     let mut info = None;
-    if let Door::Ublk(device) = &door {
+    if let (Door::Ublk(device), Some(ublk)) = (&door, &options.ublk) {
         info = Some(*device.info());
-        entry.ublk = Some(UblkOptions::entry(options, device, &places.metadata));
+        entry.ublk = Some(ublk.entry(options, device, &places.metadata));
         // From here on a kill leaves something behind that only the entry tells of.
         claim.publish(&entry).map_err(|e| DaemonError::Io("the run directory's entry", e))?;
     }

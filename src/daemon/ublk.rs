@@ -4,7 +4,7 @@ use std::path::Path;
 
 use uuid::Uuid;
 
-use super::{DaemonError, DaemonOptions};
+use super::{DaemonError, DaemonOptions, ublksrv};
 use crate::control::{Claim, Entry, RunDir, UblkEntry};
 use crate::ublk::{self, Device, UblkError, Wanted};
 
@@ -19,6 +19,8 @@ pub struct UblkOptions {
     pub depth: u16,
     /// Logical block size, if not as the source has it.
     pub logical_bytes: Option<u64>,
+    /// Made by ublksrv's `ublk`, which wants to know of it.
+    pub ublksrv: bool,
     /// The device of a daemon that died: its id, and the mark by which it is known.
     pub recover: Option<(u32, u64)>,
 }
@@ -37,7 +39,7 @@ impl UblkOptions {
     }
 
     /// What another daemon would need.
-    pub(super) fn entry(options: &DaemonOptions, device: &Device, metadata: &Path) -> UblkEntry {
+    pub(super) fn entry(&self, options: &DaemonOptions, device: &Device, metadata: &Path) -> UblkEntry {
         let info = device.info();
         UblkEntry {
             id: info.id,
@@ -45,6 +47,7 @@ impl UblkOptions {
             source: options.source.to_string(),
             metadata: metadata.into(),
             hydrate: options.hydrate.to_string(),
+            ublksrv: self.ublksrv,
         }
     }
 }
@@ -86,6 +89,7 @@ pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, Daemon
             queues: 0,
             depth: 0,
             logical_bytes: None,
+            ublksrv: ublk.ublksrv,
             recover: Some((ublk.id, ublk.mark)),
         }),
         name,
@@ -97,6 +101,9 @@ pub fn forget(run_dir: &RunDir, name: &str) -> Result<(), DaemonError> {
     let claim = run_dir.claim(name)?;
     if let Some(ublk) = claim.previous().and_then(|entry| entry.ublk) {
         ublk::remove_orphan(ublk.id, ublk.mark).map_err(|e| DaemonError::Orphaned { id: ublk.id, source: e })?;
+        if ublk.ublksrv {
+            ublksrv::remove(ublk.id);
+        }
     }
     drop(claim);
     Ok(run_dir.forget(name)?)

@@ -57,6 +57,14 @@ impl Frontend {
         }
     }
 
+    /// Has it come to its end without being told to?
+    pub fn has_ended(&self) -> bool {
+        match self {
+            Self::Nbd(_) => false,
+            Self::Ublk(ublk) => ublk.has_ended(),
+        }
+    }
+
     /// Does the device go on, its requests waiting, if this process ends?
     pub fn survives_daemon(&self) -> bool {
         match self {

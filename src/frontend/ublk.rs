@@ -117,6 +117,11 @@ impl UblkFrontend {
         &self.device
     }
 
+    /// Have all queues ended? Then somebody else has stopped the device.
+    pub fn has_ended(&self) -> bool {
+        self.queues.iter().all(JoinHandle::is_finished)
+    }
+
     /// Stops the device if nobody uses it. [`UblkFrontend::stop`] must follow.
     pub fn close(&self) -> Result<(), FrontendError> {
         Ok(self.device.close()?)

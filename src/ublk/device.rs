@@ -189,7 +189,11 @@ impl Device {
             let_go();
             pending.expect_within(PATIENCE)
         });
-        answer.map(drop)
+        match answer {
+            // Somebody else has removed it.
+            Err(e) if e.errno() == Some(libc::ENODEV) => Ok(()),
+            other => other.map(drop),
+        }
     }
 
     /// Removes it. The queues must have ended and let go of the character device.
@@ -215,7 +219,11 @@ pub fn block_path(id: u32) -> PathBuf {
 }
 
 fn delete(id: u32) -> Result<(), UblkError> {
-    control::begin(Command::Delete, id, Vec::new(), 0)?.expect_within(DELETE_PATIENCE).map(drop)
+    match control::begin(Command::Delete, id, Vec::new(), 0)?.expect_within(DELETE_PATIENCE) {
+        // Somebody else was faster.
+        Err(e) if e.errno() == Some(libc::ENODEV) => Ok(()),
+        other => other.map(drop),
+    }
 }
 
 /// How a device is, if it is the one with this mark.

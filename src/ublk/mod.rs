@@ -27,4 +27,4 @@ pub use control::probe;
 pub use device::{Device, MAX_DEPTH, MAX_IO_BYTES, MAX_QUEUES, Wanted, block_path, is_orphan, remove_orphan};
 pub use error::UblkError;
 pub use params::Params;
-pub use process::{keep_descriptors, prepare_process};
+pub use process::{inherited, keep_descriptors, prepare_process};

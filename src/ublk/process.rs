@@ -1,6 +1,8 @@
 //! What a process has to be before it serves a block device of its own host.
 
+use std::fs::File;
 use std::io;
+use std::os::fd::FromRawFd;
 
 use nix::libc;
 use nix::mount::{MsFlags, mount};
@@ -15,6 +17,17 @@ pub fn keep_descriptors() {
     // SAFETY: marks descriptors as not to be inherited; none is closed, and no memory is named. A kernel
     // without this (before 5.11) has no ublk either.
     unsafe { libc::syscall(libc::SYS_close_range, 3, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC) };
+}
+
+/// A descriptor that whoever started this program left open for it, by its number. To be taken once.
+pub fn inherited(number: i32) -> io::Result<File> {
+    // SAFETY: only asks whether the descriptor is open.
+    if number < 3 || unsafe { libc::fcntl(number, libc::F_GETFD) } < 0 {
+        return Err(io::Error::from_raw_os_error(libc::EBADF));
+    }
+    // SAFETY: it is open, none of the three standard ones, and by its being named on the command line
+    // handed to us; this program opened nothing before it that could have the number.
+    Ok(unsafe { File::from_raw_fd(number) })
 }
 
 /// Makes this process fit to serve, before it has other threads. Whatever is not permitted is a line of warning.
