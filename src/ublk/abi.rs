@@ -30,6 +30,8 @@ bitflags! {
     /// What a device or the driver can do. The driver clears what it does not know.
     #[derive(Clone, Copy, Debug, PartialEq, Eq)]
     pub struct Features: u64 {
+        /// Requests are handed over in the queue thread's own context.
+        const URING_CMD_COMP_IN_TASK = 1 << 1;
         /// The daemon may die and another one take over.
         const USER_RECOVERY = 1 << 3;
         /// Requests that the dead daemon had not answered go to the new one.
@@ -40,6 +42,8 @@ bitflags! {
         const CMD_IOCTL_ENCODE = 1 << 6;
         /// Requests may be failed while there is no daemon.
         const USER_RECOVERY_FAIL_IO = 1 << 9;
+        /// Each tag may have a thread of its own.
+        const PER_IO_DAEMON = 1 << 13;
         /// A device can be stopped on the condition that nobody has it open.
         const SAFE_STOP_DEV = 1 << 17;
     }

@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/usr/bin/env bash
 # What people get wrong, and what is left when a daemon was killed for good.
 # shellcheck source=tests/vm/lib.sh
 source lib.sh

@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/usr/bin/env bash
 # File systems on a ferried disk: one that is made here, and one that was there before.
 # shellcheck source=tests/vm/lib.sh
 source lib.sh

@@ -3,7 +3,7 @@
 //! `cargo test --test vm` runs them on all kernels, `cargo test --test vm recovery_on_7_2` one of them.
 //! A machine takes one script, and some seconds to boot; its output is shown if the script fails.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::Command;
 use std::sync::Mutex;
 
@@ -15,13 +15,16 @@ fn run(kernel: &str, script: &str) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let add = |name: &str| root.join("tests/vm").join(name).display().to_string();
     // The build under test, whatever else lies in the target directory.
-    let program: PathBuf = env!("CARGO_BIN_EXE_blkferry").into();
-    let output = Command::new(root.join("scripts/vm"))
-        .args(["--kernel", kernel, "--timeout", "100", "--memory", "1536"])
-        .args(["--add", &add("lib.sh"), "--add", &add(script), "--add", &program.display().to_string()])
-        .args(["--", script])
-        .output()
-        .unwrap();
+    let mut vm = Command::new(root.join("scripts/vm"));
+    vm.args(["--kernel", kernel, "--timeout", "100", "--memory", "1536"]);
+    for file in [&add("lib.sh"), &add(script), env!("CARGO_BIN_EXE_blkferry"), env!("CARGO_BIN_EXE_ublk-ferry")] {
+        vm.args(["--add", file]);
+    }
+    // ublksrv's own `ublk`, if somebody has built it: it is no package everywhere.
+    if let Ok(ublk) = std::env::var("UBLKSRV_UBLK") {
+        vm.args(["--add", &format!("{ublk}:/usr/local/bin/ublk")]);
+    }
+    let output = vm.args(["--", script]).output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{script} on {kernel}: {}\n{out}\n{err}", output.status);
 }
@@ -45,4 +48,5 @@ on_kernels! {
     traffic_on_6_12 traffic_on_7_2 "traffic.sh"
     recovery_on_6_12 recovery_on_7_2 "recovery.sh"
     edges_on_6_12 edges_on_7_2 "edges.sh"
+    target_on_6_12 target_on_7_2 "target.sh"
 }

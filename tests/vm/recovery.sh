@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/usr/bin/env bash
 # The daemon is killed under verified traffic, again and again; another one takes over. Nobody gets an error.
 # shellcheck source=tests/vm/lib.sh
 source lib.sh

@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/usr/bin/env bash
 # The device as ublksrv's `ublk` makes it, and takes it over: with `ublk` itself if it is here, else as it
 # would call its target.
 # shellcheck source=tests/vm/lib.sh

@@ -1,4 +1,4 @@
-#!/bin/bash
+#!/usr/bin/env bash
 # Verified traffic of mixed sizes and depths during hydration, on one queue and on two; ranges given up and
 # zeroed do not come back.
 # shellcheck source=tests/vm/lib.sh
