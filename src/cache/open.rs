@@ -54,6 +54,9 @@ pub enum OpenError {
     /// The live map.
     #[error(transparent)]
     Live(#[from] LiveError),
+    /// One file for two things.
+    #[error("cache {0} cannot be its own metadata; name another file with --metadata")]
+    SameFile(PathBuf),
     /// Size or block size.
     #[error("{0}")]
     Geometry(#[from] GeometryError),
@@ -184,6 +187,9 @@ pub fn peek(metadata: &Path) -> Result<Option<Superblock>, MetadataError> {
 impl Cache {
     /// Makes or resumes the cache for this source. On an error nothing was changed.
     pub fn open(options: &CacheOptions, source: &SourceFacts) -> Result<Self, OpenError> {
+        if is_same_file(&options.data, &options.metadata) {
+            return Err(OpenError::SameFile(options.data.clone()));
+        }
         let fresh = !options.metadata.exists();
         let block_bytes = options.block_bytes.unwrap_or(DEFAULT_BLOCK_BYTES);
         if fresh {
@@ -244,6 +250,19 @@ impl Cache {
         opened.map_err(io)?;
         let store = Store { data: data.clone(), metadata, committer, live_path };
         Ok(Self { data, maps, store, resumed: !fresh, notes: recovered.notes })
+    }
+}
+
+/// Do two paths lead to one file, which need not be there yet?
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let whole = |path: &Path| {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Some(parent.canonicalize().ok()?.join(path.file_name()?))
+    };
+    match (fs::metadata(one), fs::metadata(other)) {
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => one == other || whole(one).is_some_and(|one| Some(one) == whole(other)),
     }
 }
 

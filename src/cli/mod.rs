@@ -1,5 +1,10 @@
 //! The command line, one file a verb.
 
+/// `println!` whose failure is an error and not a panic.
+macro_rules! outln {
+    ($($words:tt)*) => { $crate::cli::say(format_args!($($words)*))? };
+}
+
 mod attach;
 mod detach;
 mod display;
@@ -71,6 +76,11 @@ pub fn one_line(error: &anyhow::Error) -> String {
         }
     }
     line.replace('\n', " ")
+}
+
+/// A line on standard output.
+fn say(words: std::fmt::Arguments<'_>) -> std::io::Result<()> {
+    writeln!(std::io::stdout(), "{words}")
 }
 
 fn init_log(verbose: u8) {

@@ -71,6 +71,8 @@ pub struct RunDir {
 pub struct Claim {
     file: File,
     path: PathBuf,
+    /// A daemon that was killed left its entry.
+    inherited: bool,
 }
 
 impl RunDir {
@@ -134,7 +136,10 @@ impl RunDir {
         let started = Instant::now();
         loop {
             match file.try_lock() {
-                Ok(()) => return Ok(Claim { file, path }),
+                Ok(()) => {
+                    let inherited = file.metadata().map_err(io)?.len() > 0;
+                    return Ok(Claim { file, path, inherited });
+                }
                 Err(TryLockError::WouldBlock) if started.elapsed() < CLAIM_PATIENCE => {
                     std::thread::sleep(Duration::from_millis(10));
                 }
@@ -161,14 +166,18 @@ impl RunDir {
         Ok(entries)
     }
 
-    /// Removes what a dead daemon left.
-    pub fn forget(&self, name: &str) -> Result<(), NameError> {
+    /// Removes what a dead daemon left. `Ok(false)`: there was nothing.
+    pub fn forget(&self, name: &str) -> Result<bool, NameError> {
+        check_name(name)?;
+        if !self.entry_file(name).exists() {
+            return Ok(false);
+        }
         self.claim(name)?.release();
-        for path in [self.control_socket(name), self.nbd_socket(name)] {
+        for path in [self.control_socket(name), self.nbd_socket(name), self.log_file(name)] {
             // Gone already is as good.
             let _ = fs::remove_file(path);
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -178,6 +187,13 @@ impl Claim {
         self.file.set_len(0)?;
         let json = serde_json::to_vec(entry).expect("plain data serializes");
         self.file.write_all(&json)
+    }
+
+    /// Gives the name back after a failure: the entry of a daemon that was killed stays, for the next attempt.
+    pub fn give_back(self) {
+        if !self.inherited {
+            self.release();
+        }
     }
 
     /// Gives the name back for good.
@@ -218,7 +234,10 @@ mod tests {
         // A daemon that was killed leaves its entry, and its name is free.
         drop(claim);
         assert_eq!(run.entries().unwrap(), [(entry, false)]);
-        run.forget("disk0").unwrap();
+        run.claim("disk0").unwrap().give_back();
+        assert_eq!(run.entries().unwrap().len(), 1);
+        assert!(run.forget("disk0").unwrap());
+        assert!(!run.forget("disk0").unwrap());
         assert!(run.entries().unwrap().is_empty());
         for bad in ["", ".x", "a/b", "a b", &"x".repeat(49)] {
             assert!(matches!(run.claim(bad), Err(NameError::Invalid(_))), "{bad}");

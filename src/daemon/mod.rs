@@ -132,13 +132,17 @@ pub fn run(options: &DaemonOptions, observer: &mut dyn Observer) -> Result<(), D
     let daemon = match started {
         Ok(daemon) => daemon,
         Err(error) => {
-            claim.release();
+            claim.give_back();
             return Err(error);
         }
     };
     claim.publish(&daemon.entry).map_err(|e| DaemonError::Io("the run directory's entry", e))?;
-    let said = observer.ready(&daemon.handler.snapshot());
-    said.map_err(|e| DaemonError::Io("cannot say that the device is ready", e))?;
+    if let Err(e) = observer.ready(&daemon.handler.snapshot()) {
+        // Whoever asked for it is gone, and nobody knows of it.
+        let stopped = daemon.stop();
+        claim.release();
+        return stopped.and(Err(DaemonError::Io("cannot say that the device is ready", e)));
+    }
     let result = daemon.main_loop(&wished, observer);
     claim.release();
     result
