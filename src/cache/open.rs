@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
@@ -12,6 +13,9 @@ use super::live::{LiveError, LiveMap, boot_id};
 use super::metadata::{MetadataError, MetadataFile, Recovered, fits};
 use super::superblock::{CacheState, Superblock};
 use crate::engine::{Geometry, GeometryError, Maps, Words, load_page};
+
+/// Where the metadata of block devices is kept.
+const DEVICE_METADATA_DIR: &str = "/var/lib/blkferry";
 
 /// Block size of a new cache, where the user names none.
 pub const DEFAULT_BLOCK_BYTES: u64 = 4096;
@@ -40,6 +44,8 @@ pub struct CacheOptions {
     pub block_bytes: Option<u64>,
     /// Go on although the live map of a killed daemon is gone.
     pub forget_unflushed: bool,
+    /// Make a new cache of a block device although something is on it.
+    pub overwrite: bool,
 }
 
 /// Why a cache could not be opened. Nothing was changed.
@@ -54,6 +60,14 @@ pub enum OpenError {
     /// The live map.
     #[error(transparent)]
     Live(#[from] LiveError),
+    /// The default place for metadata cannot be made.
+    #[error("cannot make {path} for the metadata: {source}; name another place with --metadata")]
+    MetadataDir {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
     /// One file for two things.
     #[error("cache {0} cannot be its own metadata; name another file with --metadata")]
     SameFile(PathBuf),
@@ -204,6 +218,12 @@ impl Cache {
         let superblock = if fresh { Some(new_superblock(source, block_bytes)?) } else { None };
         let made_by_us = !options.data.exists();
         let data = DataFile::open(&options.data, &options.metadata, source.size_bytes, fresh)?;
+        if fresh && data.is_device() && !options.overwrite {
+            data.check_blank(&options.data)?;
+        }
+        if fresh && options.metadata == default_metadata_path(&options.data) {
+            make_metadata_dir(&options.metadata)?;
+        }
         let opened = match &superblock {
             Some(superblock) => MetadataFile::create(&options.metadata, superblock),
             // Read again, now under the lock.
@@ -251,6 +271,13 @@ impl Cache {
         let store = Store { data: data.clone(), metadata, committer, live_path };
         Ok(Self { data, maps, store, resumed: !fresh, notes: recovered.notes })
     }
+}
+
+/// The place for the metadata of block devices may not be there yet.
+fn make_metadata_dir(metadata: &Path) -> Result<(), OpenError> {
+    let Some(dir) = metadata.parent().filter(|dir| *dir == Path::new(DEVICE_METADATA_DIR)) else { return Ok(()) };
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.map_err(|source| OpenError::MetadataDir { path: dir.into(), source })
 }
 
 /// Do two paths lead to one file, which need not be there yet?
@@ -315,7 +342,7 @@ pub fn default_metadata_path(data: &Path) -> PathBuf {
     let mut name = if is_device {
         let plain = fs::canonicalize(data).unwrap_or_else(|_| data.into());
         let flat = plain.display().to_string().trim_start_matches('/').replace('/', "-");
-        PathBuf::from("/var/lib/blkferry").join(flat).into_os_string()
+        Path::new(DEVICE_METADATA_DIR).join(flat).into_os_string()
     } else {
         data.as_os_str().to_owned()
     };

@@ -60,6 +60,9 @@ pub(super) struct Args {
     /// Attach although a killed daemon's live map is gone: writes that were never flushed may be lost
     #[arg(long)]
     forget_unflushed: bool,
+    /// Make a new cache of a block device although there is something on it, which is lost then
+    #[arg(long)]
+    overwrite: bool,
     /// Stay in the foreground and show progress
     #[arg(long)]
     foreground: bool,
@@ -102,6 +105,7 @@ fn options(args: &Args, name: String) -> DaemonOptions {
         hydrate: args.hydrate,
         block_bytes: args.block_size,
         forget_unflushed: args.forget_unflushed,
+        overwrite: args.overwrite,
     }
 }
 
@@ -180,6 +184,7 @@ impl Observer for Background {
         std::env::set_current_dir("/")?;
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(&self.log)?;
         nix::unistd::dup2_stderr(&log)?;
+        super::log_with_time();
         nix::unistd::dup2_stdout(File::options().write(true).open("/dev/null")?)?;
         Ok(())
     }

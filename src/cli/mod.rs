@@ -16,6 +16,7 @@ mod verify;
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand};
 
@@ -83,13 +84,25 @@ fn say(words: std::fmt::Arguments<'_>) -> std::io::Result<()> {
     writeln!(std::io::stdout(), "{words}")
 }
 
+/// What a file of its own gets needs the time of day; a terminal and a journal have their own.
+static LOG_WITH_TIME: AtomicBool = AtomicBool::new(false);
+
+fn log_with_time() {
+    LOG_WITH_TIME.store(true, Ordering::Relaxed);
+}
+
 fn init_log(verbose: u8) {
     let level = ["info", "debug", "trace"][usize::from(verbose.min(2))];
     let environment = env_logger::Env::new().filter_or("BLKFERRY_LOG", level);
     env_logger::Builder::from_env(environment)
-        .format(|out, record| match record.level() {
-            log::Level::Info => writeln!(out, "blkferry: {}", record.args()),
-            level => writeln!(out, "blkferry: {}: {}", level.as_str().to_lowercase(), record.args()),
+        .format(|out, record| {
+            if LOG_WITH_TIME.load(Ordering::Relaxed) {
+                write!(out, "{} ", out.timestamp_seconds())?;
+            }
+            match record.level() {
+                log::Level::Info => writeln!(out, "blkferry: {}", record.args()),
+                level => writeln!(out, "blkferry: {}: {}", level.as_str().to_lowercase(), record.args()),
+            }
         })
         .init();
 }

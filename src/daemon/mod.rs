@@ -51,6 +51,8 @@ pub struct DaemonOptions {
     pub block_bytes: Option<u64>,
     /// Go on although the live map of a killed daemon is gone.
     pub forget_unflushed: bool,
+    /// Make a new cache of a block device although something is on it.
+    pub overwrite: bool,
 }
 
 /// Why a device did not come up, or did not go down in order.

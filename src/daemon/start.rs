@@ -86,6 +86,7 @@ fn start_on(options: &DaemonOptions, run_dir: &RunDir, places: &Places, listener
             live_dir: run_dir.live_dir(),
             block_bytes,
             forget_unflushed: options.forget_unflushed,
+            overwrite: options.overwrite,
         },
         &facts,
     )?;
