@@ -158,7 +158,8 @@ struct Terminal {
 impl Observer for Terminal {
     fn ready(&mut self, status: &Status) -> io::Result<()> {
         self.bar = Some(display::bar(status.bytes.total));
-        say_ready(status, self.json)
+        say_ready(status, self.json)?;
+        super::tell_service_manager(&format!("serving {}", status.frontend.uri))
     }
 
     fn tick(&mut self, status: &Status) {

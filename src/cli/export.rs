@@ -50,6 +50,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let listeners = args.listen.iter().map(listen).collect::<anyhow::Result<Vec<_>>>()?;
     let uris: Vec<String> = listeners.iter().map(|(_, uri)| uri(args)).collect();
     announce(args, size_bytes, &uris)?;
+    super::tell_service_manager(&format!("serving {}", uris.join(" ")))?;
     let stats = ServeStats::default();
     let told = stats.clone();
     Reactor::new()?.block_on(async move {

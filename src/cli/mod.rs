@@ -9,6 +9,7 @@ mod attach;
 mod detach;
 mod display;
 mod export;
+mod generate;
 mod list;
 mod set;
 mod status;
@@ -49,6 +50,8 @@ enum Verb {
     Set(set::Args),
     Detach(detach::Args),
     Verify(verify::Args),
+    #[command(hide = true)]
+    Generate(generate::Args),
 }
 
 /// Parses the command line and does what it says.
@@ -63,6 +66,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Verb::Set(args) => set::run(args),
         Verb::Detach(args) => detach::run(args),
         Verb::Verify(args) => verify::run(args),
+        Verb::Generate(args) => generate::run(args),
     }
 }
 
@@ -77,6 +81,11 @@ pub fn one_line(error: &anyhow::Error) -> String {
         }
     }
     line.replace('\n', " ")
+}
+
+/// As a service of systemd's with Type=notify: it is up. Anywhere else this does nothing.
+fn tell_service_manager(status: &str) -> std::io::Result<()> {
+    sd_notify::notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(status)])
 }
 
 /// A line on standard output.
