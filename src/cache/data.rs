@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
+use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -18,6 +18,8 @@ use crate::uring::FileIo;
 /// The bytes that QEMU locks on an image (OFD locks): 100+n "permission n in use", 200+n "permission n
 /// not shared". We take all of them exclusively: no QEMU opens a half-present disk, no second daemon either.
 const LOCK_BYTES: [(i64, i64); 2] = [(100, 5), (200, 5)];
+/// So much of a device's start and end is looked at.
+const BLANK_BYTES: u64 = 1 << 20;
 /// A killed daemon's last I/O holds its lock until the kernel has finished it.
 const LOCK_PATIENCE: Duration = Duration::from_secs(5);
 
@@ -57,6 +59,12 @@ pub enum CacheError {
         /// Where its metadata should be.
         metadata: PathBuf,
     },
+    /// A device that holds something, and no metadata that explains it.
+    #[error(
+        "cache {0} is a block device with something on it, and would be overwritten; wipe it (`blkdiscard` or \
+        `wipefs -a`), or say that you mean it with --overwrite"
+    )]
+    NotBlank(PathBuf),
     /// Something that cannot hold a disk.
     #[error("cache {0} is neither a regular file nor a block device")]
     WrongKind(PathBuf),
@@ -105,6 +113,22 @@ impl DataFile {
             check_size(path, file.metadata().map_err(io("stat"))?.len(), size_bytes)?;
         }
         Ok(Self { io: file.into(), is_device })
+    }
+
+    /// Refuses a device with something on it: partition tables and file systems are at its start or its end.
+    pub fn check_blank(&self, path: &Path) -> Result<(), CacheError> {
+        let io = |action| move |source| CacheError::Io { path: path.into(), action, source };
+        let file = File::from(self.io.fd().try_clone().map_err(io("duplicate the descriptor"))?);
+        let size_bytes = lseek(file.as_fd(), 0, Whence::SeekEnd).map_err(|e| io("find the size")(e.into()))? as u64;
+        let len = BLANK_BYTES.min(size_bytes);
+        for start in [0, size_bytes - len] {
+            let mut bytes = vec![0; len as usize];
+            file.read_exact_at(&mut bytes, start).map_err(io("read"))?;
+            if bytes.iter().any(|byte| *byte != 0) {
+                return Err(CacheError::NotBlank(path.into()));
+            }
+        }
+        Ok(())
     }
 
     /// Positioned I/O on it.

@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
@@ -12,6 +13,9 @@ use super::live::{LiveError, LiveMap, boot_id};
 use super::metadata::{MetadataError, MetadataFile, Recovered, fits};
 use super::superblock::{CacheState, Superblock};
 use crate::engine::{Geometry, GeometryError, Maps, Words, load_page};
+
+/// Where the metadata of block devices is kept.
+const DEVICE_METADATA_DIR: &str = "/var/lib/blkferry";
 
 /// Block size of a new cache, where the user names none.
 pub const DEFAULT_BLOCK_BYTES: u64 = 4096;
@@ -40,6 +44,8 @@ pub struct CacheOptions {
     pub block_bytes: Option<u64>,
     /// Go on although the live map of a killed daemon is gone.
     pub forget_unflushed: bool,
+    /// Make a new cache of a block device although something is on it.
+    pub overwrite: bool,
 }
 
 /// Why a cache could not be opened. Nothing was changed.
@@ -54,6 +60,17 @@ pub enum OpenError {
     /// The live map.
     #[error(transparent)]
     Live(#[from] LiveError),
+    /// The default place for metadata cannot be made.
+    #[error("cannot make {path} for the metadata: {source}; name another place with --metadata")]
+    MetadataDir {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// One file for two things.
+    #[error("cache {0} cannot be its own metadata; name another file with --metadata")]
+    SameFile(PathBuf),
     /// Size or block size.
     #[error("{0}")]
     Geometry(#[from] GeometryError),
@@ -184,6 +201,9 @@ pub fn peek(metadata: &Path) -> Result<Option<Superblock>, MetadataError> {
 impl Cache {
     /// Makes or resumes the cache for this source. On an error nothing was changed.
     pub fn open(options: &CacheOptions, source: &SourceFacts) -> Result<Self, OpenError> {
+        if is_same_file(&options.data, &options.metadata) {
+            return Err(OpenError::SameFile(options.data.clone()));
+        }
         let fresh = !options.metadata.exists();
         let block_bytes = options.block_bytes.unwrap_or(DEFAULT_BLOCK_BYTES);
         if fresh {
@@ -198,6 +218,12 @@ impl Cache {
         let superblock = if fresh { Some(new_superblock(source, block_bytes)?) } else { None };
         let made_by_us = !options.data.exists();
         let data = DataFile::open(&options.data, &options.metadata, source.size_bytes, fresh)?;
+        if fresh && data.is_device() && !options.overwrite {
+            data.check_blank(&options.data)?;
+        }
+        if fresh && options.metadata == default_metadata_path(&options.data) {
+            make_metadata_dir(&options.metadata)?;
+        }
         let opened = match &superblock {
             Some(superblock) => MetadataFile::create(&options.metadata, superblock),
             // Read again, now under the lock.
@@ -244,6 +270,26 @@ impl Cache {
         opened.map_err(io)?;
         let store = Store { data: data.clone(), metadata, committer, live_path };
         Ok(Self { data, maps, store, resumed: !fresh, notes: recovered.notes })
+    }
+}
+
+/// The place for the metadata of block devices may not be there yet.
+fn make_metadata_dir(metadata: &Path) -> Result<(), OpenError> {
+    let Some(dir) = metadata.parent().filter(|dir| *dir == Path::new(DEVICE_METADATA_DIR)) else { return Ok(()) };
+    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
+    made.map_err(|source| OpenError::MetadataDir { path: dir.into(), source })
+}
+
+/// Do two paths lead to one file, which need not be there yet?
+fn is_same_file(one: &Path, other: &Path) -> bool {
+    use std::os::unix::fs::MetadataExt;
+    let whole = |path: &Path| {
+        let parent = path.parent().filter(|parent| !parent.as_os_str().is_empty()).unwrap_or(Path::new("."));
+        Some(parent.canonicalize().ok()?.join(path.file_name()?))
+    };
+    match (fs::metadata(one), fs::metadata(other)) {
+        (Ok(one), Ok(other)) => (one.dev(), one.ino()) == (other.dev(), other.ino()),
+        _ => one == other || whole(one).is_some_and(|one| Some(one) == whole(other)),
     }
 }
 
@@ -296,7 +342,7 @@ pub fn default_metadata_path(data: &Path) -> PathBuf {
     let mut name = if is_device {
         let plain = fs::canonicalize(data).unwrap_or_else(|_| data.into());
         let flat = plain.display().to_string().trim_start_matches('/').replace('/', "-");
-        PathBuf::from("/var/lib/blkferry").join(flat).into_os_string()
+        Path::new(DEVICE_METADATA_DIR).join(flat).into_os_string()
     } else {
         data.as_os_str().to_owned()
     };

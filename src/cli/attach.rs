@@ -69,6 +69,9 @@ pub(super) struct Args {
     /// Attach although a killed daemon's live map is gone: writes that were never flushed may be lost
     #[arg(long)]
     forget_unflushed: bool,
+    /// Make a new cache of a block device although there is something on it, which is lost then
+    #[arg(long)]
+    overwrite: bool,
     #[command(flatten)]
     manner: Manner,
 }
@@ -115,6 +118,7 @@ fn options(args: &Args) -> DaemonOptions {
         block_bytes: args.block_size,
         forget_unflushed: args.forget_unflushed,
         ublk: wants_ublk.then_some(ublk),
+        overwrite: args.overwrite,
     }
 }
 

@@ -29,22 +29,25 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let run = RunDir::open()?;
     let mut client = match Client::connect(&run, &args.name) {
         Err(ControlError::NotRunning(name)) if args.force => {
-            daemon::forget(&run, &name)?;
-            println!("{name}: forgotten; its cache is as it was");
+            if !daemon::forget(&run, &name)? {
+                return Err(ControlError::NotRunning(name).into());
+            }
+            outln!("{name}: forgotten; its cache is as it was");
             return Ok(ExitCode::SUCCESS);
         }
         other => other?,
     };
     let detached: Detached = client.ask(&Request::Detach { incomplete: args.incomplete }, |_| {})?;
     if args.json {
-        println!("{}", serde_json::to_string(&detached)?);
+        outln!("{}", serde_json::to_string(&detached)?);
     } else if detached.complete {
-        println!("{}: complete; the source is no longer needed, {} is a raw image", args.name, detached.cache);
+        outln!("{}: complete; the source is no longer needed, {} is a raw image", args.name, detached.cache);
     } else {
         let absent = display::bytes(detached.absent_bytes);
-        println!(
+        outln!(
             "{}: detached, incomplete: {absent} are still at the source; attach {} again to go on",
-            args.name, detached.cache
+            args.name,
+            detached.cache
         );
     }
     Ok(ExitCode::SUCCESS)

@@ -49,7 +49,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let disk = ExportDisk::new(image, args.name.clone())?;
     let listeners = args.listen.iter().map(listen).collect::<anyhow::Result<Vec<_>>>()?;
     let uris: Vec<String> = listeners.iter().map(|(_, uri)| uri(args)).collect();
-    announce(args, size_bytes, &uris);
+    announce(args, size_bytes, &uris)?;
+    super::tell_service_manager(&format!("serving {}", uris.join(" ")))?;
     let stats = ServeStats::default();
     let told = stats.clone();
     Reactor::new()?.block_on(async move {
@@ -85,12 +86,13 @@ fn listen(address: &Address) -> anyhow::Result<(Listener, MakeUri)> {
     }
 }
 
-fn announce(args: &Args, size_bytes: u64, uris: &[String]) {
+fn announce(args: &Args, size_bytes: u64, uris: &[String]) -> anyhow::Result<()> {
     if args.json {
-        println!("{}", serde_json::json!({ "image": args.image, "size_bytes": size_bytes, "uris": uris }));
-        return;
+        outln!("{}", serde_json::json!({ "image": args.image, "size_bytes": size_bytes, "uris": uris }));
+        return Ok(());
     }
     for uri in uris {
-        println!("serving {} ({}) at {uri}", args.image.display(), display::bytes(size_bytes));
+        outln!("serving {} ({}) at {uri}", args.image.display(), display::bytes(size_bytes));
     }
+    Ok(())
 }

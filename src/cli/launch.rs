@@ -107,7 +107,8 @@ struct Terminal {
 impl Observer for Terminal {
     fn ready(&mut self, status: &Status) -> io::Result<()> {
         self.bar = Some(display::bar(status.bytes.total));
-        say_ready(status, self.json)
+        say_ready(status, self.json)?;
+        super::tell_service_manager(&format!("serving {}", status.frontend.uri))
     }
 
     fn tick(&mut self, status: &Status) {
@@ -133,6 +134,7 @@ impl Observer for Background {
         std::env::set_current_dir("/")?;
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(&self.log)?;
         nix::unistd::dup2_stderr(&log)?;
+        super::log_with_time();
         nix::unistd::dup2_stdout(File::options().write(true).open("/dev/null")?)?;
         Ok(())
     }

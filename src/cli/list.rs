@@ -39,27 +39,28 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
                         "bytes": status.as_ref().map(|s| &s.bytes) })
             })
             .collect();
-        println!("{}", serde_json::to_string(&rows)?);
+        outln!("{}", serde_json::to_string(&rows)?);
         return Ok(ExitCode::SUCCESS);
     }
     if rows.is_empty() {
-        println!("no devices");
+        outln!("no devices");
     }
     for (entry, status) in rows {
         match status {
             Some(s) => {
                 let here = 100.0 * s.bytes.present as f64 / s.bytes.total as f64;
-                println!("{}  {}  {here:.0}% here  {}", s.name, display::bytes(s.bytes.total), display::headline(&s));
-                println!("    {}  cache {}", s.frontend.uri, s.cache.path);
+                outln!("{}  {}  {here:.0}% here  {}", s.name, display::bytes(s.bytes.total), display::headline(&s));
+                outln!("    {}  cache {}", s.frontend.uri, s.cache.path);
             }
             None if entry.ublk.is_some() => {
-                println!(
-                    "{}  dead (its daemon was killed): {} waits for `blkferry recover {}`",
-                    entry.name, entry.uri, entry.name
+                outln!(
+                    "{0}  dead (its daemon was killed): {1} waits for `blkferry recover {0}`",
+                    entry.name,
+                    entry.uri
                 );
-                println!("    cache {}", entry.cache.display());
+                outln!("    cache {}", entry.cache.display());
             }
-            None => println!("{}  dead (its daemon was killed)  cache {}", entry.name, entry.cache.display()),
+            None => outln!("{}  dead (its daemon was killed)  cache {}", entry.name, entry.cache.display()),
         }
     }
     Ok(ExitCode::SUCCESS)

@@ -1,9 +1,15 @@
 //! The command line, one file a verb.
 
+/// `println!` whose failure is an error and not a panic.
+macro_rules! outln {
+    ($($words:tt)*) => { $crate::cli::say(format_args!($($words)*))? };
+}
+
 mod attach;
 mod detach;
 mod display;
 mod export;
+mod generate;
 mod launch;
 mod list;
 mod recover;
@@ -16,6 +22,7 @@ pub use target::run_target;
 
 use std::io::Write;
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand};
 
@@ -49,6 +56,8 @@ enum Verb {
     Detach(detach::Args),
     Verify(verify::Args),
     Recover(recover::Args),
+    #[command(hide = true)]
+    Generate(generate::Args),
 }
 
 /// Parses the command line and does what it says.
@@ -64,6 +73,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Verb::Detach(args) => detach::run(args),
         Verb::Verify(args) => verify::run(args),
         Verb::Recover(args) => recover::run(args, cli.verbose),
+        Verb::Generate(args) => generate::run(args),
     }
 }
 
@@ -80,13 +90,35 @@ pub fn one_line(error: &anyhow::Error) -> String {
     line.replace('\n', " ")
 }
 
+/// As a service of systemd's with Type=notify: it is up. Anywhere else this does nothing.
+fn tell_service_manager(status: &str) -> std::io::Result<()> {
+    sd_notify::notify(&[sd_notify::NotifyState::Ready, sd_notify::NotifyState::Status(status)])
+}
+
+/// A line on standard output.
+fn say(words: std::fmt::Arguments<'_>) -> std::io::Result<()> {
+    writeln!(std::io::stdout(), "{words}")
+}
+
+/// What a file of its own gets needs the time of day; a terminal and a journal have their own.
+static LOG_WITH_TIME: AtomicBool = AtomicBool::new(false);
+
+fn log_with_time() {
+    LOG_WITH_TIME.store(true, Ordering::Relaxed);
+}
+
 fn init_log(verbose: u8) {
     let level = ["info", "debug", "trace"][usize::from(verbose.min(2))];
     let environment = env_logger::Env::new().filter_or("BLKFERRY_LOG", level);
     env_logger::Builder::from_env(environment)
-        .format(|out, record| match record.level() {
-            log::Level::Info => writeln!(out, "blkferry: {}", record.args()),
-            level => writeln!(out, "blkferry: {}: {}", level.as_str().to_lowercase(), record.args()),
+        .format(|out, record| {
+            if LOG_WITH_TIME.load(Ordering::Relaxed) {
+                write!(out, "{} ", out.timestamp_seconds())?;
+            }
+            match record.level() {
+                log::Level::Info => writeln!(out, "blkferry: {}", record.args()),
+                level => writeln!(out, "blkferry: {}: {}", level.as_str().to_lowercase(), record.args()),
+            }
         })
         .init();
 }

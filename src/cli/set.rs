@@ -27,7 +27,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         };
         let request = Request::Set { key: key.into(), value: value.into() };
         let now: String = client.ask(&request, |_| {})?;
-        println!("{}: {key}={now}", args.name);
+        outln!("{}: {key}={now}", args.name);
     }
     Ok(ExitCode::SUCCESS)
 }

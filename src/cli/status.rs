@@ -26,11 +26,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut client = Client::connect(&RunDir::open()?, &args.name)?;
     let status: Status = client.ask(&Request::Status, |_| {})?;
     if args.json {
-        println!("{}", serde_json::to_string(&status)?);
+        outln!("{}", serde_json::to_string(&status)?);
     } else if args.watch {
         watch(&mut client, status)?;
     } else {
-        print(&status);
+        print(&status)?;
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -41,7 +41,7 @@ fn watch(client: &mut Client, mut status: Status) -> anyhow::Result<()> {
     while status.source_needed && status.failure.is_none() {
         if plain {
             let (present, total) = (display::bytes(status.bytes.present), display::bytes(status.bytes.total));
-            println!("{}: {present} of {total}, {}", status.name, display::headline(&status));
+            outln!("{}: {present} of {total}, {}", status.name, display::headline(&status));
         } else {
             display::show_on(&bar, &status);
         }
@@ -49,27 +49,27 @@ fn watch(client: &mut Client, mut status: Status) -> anyhow::Result<()> {
         status = client.ask(&Request::Status, |_| {})?;
     }
     bar.finish_and_clear();
-    print(&status);
-    Ok(())
+    print(&status)
 }
 
-fn print(s: &Status) {
+fn print(s: &Status) -> anyhow::Result<()> {
     let bytes = display::bytes;
-    println!("{}: {}", s.name, display::headline(s));
+    outln!("{}: {}", s.name, display::headline(s));
     let users = match s.frontend.kind.as_str() {
         "ublk" => format!("{} queues of {}, {}", s.frontend.queues, s.frontend.depth, s.frontend.features.join(" ")),
         _ => format!("{} clients", s.frontend.clients),
     };
-    println!("  device    {} ({}, {users})", s.frontend.uri, bytes(s.bytes.total));
-    println!("  cache     {}", s.cache.path);
-    println!("  here      {} ({} written here)", bytes(s.bytes.present), bytes(s.blocks.dirty * s.blocks.size_bytes));
-    println!("  absent    {}", bytes(s.bytes.absent));
-    println!("  hydrate   {} ({})", s.hydrate.state, s.hydrate.mode);
-    println!("  received  {} ({} of it data)", bytes(s.wire.received_bytes), bytes(s.wire.data_bytes));
-    println!("  reads     {} from the cache, {} from the source", s.frontend.read_hits, s.frontend.read_misses);
+    outln!("  device    {} ({}, {users})", s.frontend.uri, bytes(s.bytes.total));
+    outln!("  cache     {}", s.cache.path);
+    outln!("  here      {} ({} written here)", bytes(s.bytes.present), bytes(s.blocks.dirty * s.blocks.size_bytes));
+    outln!("  absent    {}", bytes(s.bytes.absent));
+    outln!("  hydrate   {} ({})", s.hydrate.state, s.hydrate.mode);
+    outln!("  received  {} ({} of it data)", bytes(s.wire.received_bytes), bytes(s.wire.data_bytes));
+    outln!("  reads     {} from the cache, {} from the source", s.frontend.read_hits, s.frontend.read_misses);
     let needed = if s.source_needed { "still needed" } else { "no longer needed: it may be switched off" };
-    println!("  source    {} {needed}", s.source.uri);
+    outln!("  source    {} {needed}", s.source.uri);
     if let Some(reason) = &s.source.lost_reason {
-        println!("            lost: {reason}");
+        outln!("            lost: {reason}");
     }
+    Ok(())
 }

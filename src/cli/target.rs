@@ -137,6 +137,7 @@ fn add_options(add: &Add) -> DaemonOptions {
         hydrate: add.hydrate,
         block_bytes: None,
         forget_unflushed: false,
+        overwrite: false,
         ublk: Some(UblkOptions {
             // ublksrv says -1 for any.
             id: add.number.and_then(|n| u32::try_from(n).ok()),
@@ -164,6 +165,7 @@ fn serve(eventfd: Option<i32>, options: impl FnOnce() -> anyhow::Result<DaemonOp
         let log = RunDir::open()?.log_file(&options.name);
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(log)?;
         nix::unistd::dup2_stderr(&log)?;
+        super::log_with_time();
     }
     Ok(daemon::run(&options, &mut Target { listener })?)
 }
@@ -176,8 +178,8 @@ struct Target {
 impl Observer for Target {
     fn ready(&mut self, status: &Status) -> io::Result<()> {
         let Some(mut listener) = self.listener.take() else {
-            println!("{}: ready at {}", status.name, status.frontend.uri);
-            return Ok(());
+            super::say(format_args!("{}: ready at {}", status.name, status.frontend.uri))?;
+            return super::tell_service_manager(&format!("serving {}", status.frontend.uri));
         };
         std::env::set_current_dir("/")?;
         let id = status.frontend.uri.trim_start_matches("/dev/ublkb").parse::<u64>().map_err(io::Error::other)?;

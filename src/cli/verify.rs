@@ -36,21 +36,17 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     bar.finish_and_clear();
     let same = report.different_bytes == 0;
     if args.json {
-        println!("{}", serde_json::to_string(&report)?);
+        outln!("{}", serde_json::to_string(&report)?);
     } else {
         let bytes = display::bytes;
         let verdict = if same { "nothing differs" } else { "DIFFERENT" };
-        println!("{}: {verdict} (compared by {})", args.name, report.method);
-        println!("  same       {}", bytes(report.same_bytes));
-        println!("  different  {}", bytes(report.different_bytes));
-        println!(
-            "  left out   {} written here, {} not here yet",
-            bytes(report.dirty_bytes),
-            bytes(report.absent_bytes)
-        );
-        println!("  received   {}", bytes(report.received_bytes));
+        outln!("{}: {verdict} (compared by {})", args.name, report.method);
+        outln!("  same       {}", bytes(report.same_bytes));
+        outln!("  different  {}", bytes(report.different_bytes));
+        outln!("  left out   {} written here, {} not here yet", bytes(report.dirty_bytes), bytes(report.absent_bytes));
+        outln!("  received   {}", bytes(report.received_bytes));
         for offset in &report.first_differences {
-            println!("  differs at {offset}");
+            outln!("  differs at {offset}");
         }
     }
     Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE })

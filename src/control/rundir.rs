@@ -92,6 +92,8 @@ pub struct RunDir {
 pub struct Claim {
     file: File,
     path: PathBuf,
+    /// A daemon that was killed left its entry.
+    inherited: bool,
 }
 
 impl RunDir {
@@ -155,7 +157,10 @@ impl RunDir {
         let started = Instant::now();
         loop {
             match file.try_lock() {
-                Ok(()) => return Ok(Claim { file, path }),
+                Ok(()) => {
+                    let inherited = file.metadata().map_err(io)?.len() > 0;
+                    return Ok(Claim { file, path, inherited });
+                }
                 Err(TryLockError::WouldBlock) if started.elapsed() < CLAIM_PATIENCE => {
                     std::thread::sleep(Duration::from_millis(10));
                 }
@@ -182,14 +187,18 @@ impl RunDir {
         Ok(entries)
     }
 
-    /// Removes what a dead daemon left.
-    pub fn forget(&self, name: &str) -> Result<(), NameError> {
+    /// Removes what a dead daemon left. `Ok(false)`: there was nothing.
+    pub fn forget(&self, name: &str) -> Result<bool, NameError> {
+        check_name(name)?;
+        if !self.entry_file(name).exists() {
+            return Ok(false);
+        }
         self.claim(name)?.release();
-        for path in [self.control_socket(name), self.nbd_socket(name)] {
+        for path in [self.control_socket(name), self.nbd_socket(name), self.log_file(name)] {
             // Gone already is as good.
             let _ = fs::remove_file(path);
         }
-        Ok(())
+        Ok(true)
     }
 }
 
@@ -204,6 +213,13 @@ impl Claim {
     /// Who had the name before, if that one left an entry behind.
     pub fn previous(&self) -> Option<Entry> {
         fs::read(&self.path).ok().and_then(|text| serde_json::from_slice(&text).ok())
+    }
+
+    /// Gives the name back after a failure: the entry of a daemon that was killed stays, for the next attempt.
+    pub fn give_back(self) {
+        if !self.inherited {
+            self.release();
+        }
     }
 
     /// Gives the name back for good.
@@ -245,7 +261,10 @@ mod tests {
         // A daemon that was killed leaves its entry, and its name is free.
         drop(claim);
         assert_eq!(run.entries().unwrap(), [(entry, false)]);
-        run.forget("disk0").unwrap();
+        run.claim("disk0").unwrap().give_back();
+        assert_eq!(run.entries().unwrap().len(), 1);
+        assert!(run.forget("disk0").unwrap());
+        assert!(!run.forget("disk0").unwrap());
         assert!(run.entries().unwrap().is_empty());
         for bad in ["", ".x", "a/b", "a b", &"x".repeat(49)] {
             assert!(matches!(run.claim(bad), Err(NameError::Invalid(_))), "{bad}");

@@ -3,7 +3,6 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
 use serde::Serialize;
@@ -12,7 +11,7 @@ use super::protocol::{Answer, Detached, Request};
 use super::status::Status;
 use crate::device::{VerifyProgress, VerifyReport};
 
-/// Clients served at a time.
+/// Clients served at a time; others wait for their turn.
 const MAX_CLIENTS: usize = 16;
 /// How long a client may think before its next line, and take to read an answer.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -46,25 +45,23 @@ impl ControlServer {
 }
 
 fn accept(listener: &UnixListener, handler: &Arc<dyn Handler>) {
-    let clients = Arc::new(AtomicUsize::new(0));
+    let (take, places) = crossbeam::channel::bounded(MAX_CLIENTS);
     for stream in listener.incoming() {
         let Ok(stream) = stream else {
             std::thread::sleep(Duration::from_millis(100));
             continue;
         };
-        if clients.fetch_add(1, Ordering::SeqCst) >= MAX_CLIENTS {
-            clients.fetch_sub(1, Ordering::SeqCst);
-            continue;
-        }
-        let (handler, inside) = (handler.clone(), clients.clone());
+        // Those inside leave in bounded time: see PATIENCE.
+        take.send(()).expect("both ends live here");
+        let (handler, place) = (handler.clone(), places.clone());
         let serve = move || {
             if let Err(e) = serve(stream, &*handler) {
                 log::debug!("control: a client was dropped: {e}");
             }
-            inside.fetch_sub(1, Ordering::SeqCst);
+            let _ = place.try_recv();
         };
         if std::thread::Builder::new().name("control-client".into()).spawn(serve).is_err() {
-            clients.fetch_sub(1, Ordering::SeqCst);
+            let _ = places.try_recv();
         }
     }
 }

@@ -91,6 +91,12 @@ impl DaemonHandler {
     }
 
     pub(super) fn why_not_detached(&self) -> String {
+        if let Some(reason) = self.core.health.failed() {
+            let name = &self.device.name;
+            return format!(
+                "{name} has failed and is not complete: {reason}. End it with `blkferry detach {name} --incomplete`"
+            );
+        }
         format!(
             "{} is not complete: {} bytes are still at the source only. Wait for hydration (`blkferry status {} --watch`), \
              or detach with --incomplete and attach the same cache again later",

@@ -57,6 +57,8 @@ pub struct DaemonOptions {
     pub forget_unflushed: bool,
     /// A block device instead of an NBD export.
     pub ublk: Option<UblkOptions>,
+    /// Make a new cache of a block device although something is on it.
+    pub overwrite: bool,
 }
 
 /// Why a device did not come up, or did not go down in order.
@@ -185,17 +187,26 @@ pub fn run(options: &DaemonOptions, observer: &mut dyn Observer) -> Result<(), D
     let daemon = match up {
         Ok(daemon) => daemon,
         Err(error) => {
-            // A device that could not be taken over goes on waiting under its name.
-            if !recovering {
-                claim.release();
+            // One that could not be taken over goes on waiting under its name.
+            if let Some(ublk) = claim.previous().and_then(|entry| entry.ublk).filter(|_| !recovering) {
+                ublk::withdraw(&ublk);
             }
+            claim.give_back();
             return Err(error);
         }
     };
     claim.publish(&daemon.entry).map_err(|e| DaemonError::Io("the run directory's entry", e))?;
-    daemon.tell_ublksrv()?;
-    let said = observer.ready(&daemon.handler.snapshot());
-    said.map_err(|e| DaemonError::Io("cannot say that the device is ready", e))?;
+    if let Err(e) = daemon.tell_ublksrv().and_then(|()| observer.ready(&daemon.handler.snapshot())) {
+        let error = DaemonError::Io("cannot say that the device is ready", e);
+        if daemon.frontend.is_taken_over() {
+            // It has users, who wait for the next attempt.
+            return Err(error);
+        }
+        // Whoever asked for it is gone, and nobody knows of it.
+        let stopped = daemon.stop();
+        claim.release();
+        return stopped.and(Err(error));
+    }
     match daemon.main_loop(&wished, observer) {
         Ok(End::Left) => Ok(()),
         // The device may still be there, and its name with it.
@@ -294,11 +305,10 @@ impl Daemon {
         }
     }
 
-    fn tell_ublksrv(&self) -> Result<(), DaemonError> {
+    fn tell_ublksrv(&self) -> io::Result<()> {
         match (&self.frontend, &self.entry.ublk) {
             (Frontend::Ublk(ublk), Some(UblkEntry { ublksrv: true, .. })) => {
                 ublksrv::write(ublk.device().info(), self.core.geometry().size_bytes())
-                    .map_err(|e| DaemonError::Io("the file that tells ublksrv of the device", e))
             }
             _ => Ok(()),
         }
@@ -309,8 +319,8 @@ impl Daemon {
         self.frontend.stop()?;
         self.fetch.stop();
         let result = self.commit.stop(&self.core).map_err(DaemonError::Unclean);
-        if let Some(UblkEntry { ublksrv: true, id, .. }) = self.entry.ublk {
-            ublksrv::remove(id);
+        if let Some(ublk) = &self.entry.ublk {
+            ublk::withdraw(ublk);
         }
         // Gone already is as good.
         let _ = std::fs::remove_file(&self.entry.control);

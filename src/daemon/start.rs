@@ -8,7 +8,7 @@ use std::sync::Arc;
 use crossbeam::channel::Sender;
 
 use super::handler::{DaemonHandler, DeviceFacts, Meters};
-use super::{Daemon, DaemonError, DaemonOptions, Wish};
+use super::{Daemon, DaemonError, DaemonOptions, Wish, ublk};
 use crate::cache::{
     Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Superblock, default_metadata_path,
     peek,
@@ -89,6 +89,10 @@ pub(super) fn start(
     if let (Door::Ublk(device), Some(ublk)) = (&door, &options.ublk) {
         info = Some(*device.info());
         entry.ublk = Some(ublk.entry(options, device, &places.metadata));
+        if let Some(told) = &entry.ublk {
+            ublk::announce(told, &options.name)
+                .unwrap_or_else(|e| log::warn!("no link in /dev/blkferry: its name cannot be written down: {e}"));
+        }
         // From here on a kill leaves something behind that only the entry tells of.
         claim.publish(&entry).map_err(|e| DaemonError::Io("the run directory's entry", e))?;
     }
@@ -133,6 +137,7 @@ fn start_on(options: &DaemonOptions, run_dir: &RunDir, places: &Places, door: Do
             live_dir: run_dir.live_dir(),
             block_bytes,
             forget_unflushed: options.forget_unflushed,
+            overwrite: options.overwrite,
         },
         &facts,
     )?;

@@ -1,12 +1,16 @@
 //! What a ublk device asks of its daemon besides serving it: to be known again by whoever comes after.
 
-use std::path::Path;
+use std::io;
+use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
 use super::{DaemonError, DaemonOptions, ublksrv};
 use crate::control::{Claim, Entry, RunDir, UblkEntry};
 use crate::ublk::{self, Device, UblkError, Wanted};
+
+/// Where udev's rule looks for the name of /dev/ublkbN, in a file N, wherever the run directory is.
+const NAMES: &str = "/run/blkferry/ublk";
 
 /// How the block device is to be.
 #[derive(Clone, Copy, Debug)]
@@ -84,6 +88,7 @@ pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, Daemon
         socket: None,
         block_bytes: None,
         forget_unflushed: false,
+        overwrite: false,
         ublk: Some(UblkOptions {
             id: None,
             queues: 0,
@@ -97,14 +102,32 @@ pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, Daemon
 }
 
 /// Removes what a dead daemon left: its block device too.
-pub fn forget(run_dir: &RunDir, name: &str) -> Result<(), DaemonError> {
-    let claim = run_dir.claim(name)?;
-    if let Some(ublk) = claim.previous().and_then(|entry| entry.ublk) {
+/// `Ok(false)`: there was nothing.
+pub fn forget(run_dir: &RunDir, name: &str) -> Result<bool, DaemonError> {
+    let entries = run_dir.entries().map_err(|e| DaemonError::Io("the run directory cannot be read", e))?;
+    let dead = entries.into_iter().find(|(entry, alive)| entry.name == name && !alive);
+    if let Some(ublk) = dead.and_then(|(entry, _)| entry.ublk) {
         ublk::remove_orphan(ublk.id, ublk.mark).map_err(|e| DaemonError::Orphaned { id: ublk.id, source: e })?;
-        if ublk.ublksrv {
-            ublksrv::remove(ublk.id);
-        }
+        withdraw(&ublk);
     }
-    drop(claim);
     Ok(run_dir.forget(name)?)
+}
+
+/// Writes the name down for udev, which makes it a link in /dev/blkferry when the device appears.
+pub(super) fn announce(ublk: &UblkEntry, name: &str) -> io::Result<()> {
+    let file = name_file(ublk.id);
+    std::fs::create_dir_all(NAMES)?;
+    std::fs::write(file, name)
+}
+
+/// Takes back what others were told of the device; gone already is as good.
+pub(super) fn withdraw(ublk: &UblkEntry) {
+    let _ = std::fs::remove_file(name_file(ublk.id));
+    if ublk.ublksrv {
+        ublksrv::remove(ublk.id);
+    }
+}
+
+fn name_file(id: u32) -> PathBuf {
+    Path::new(NAMES).join(id.to_string())
 }

@@ -187,6 +187,7 @@ impl Core {
                 Action::StoreZero { .. }
                 | Action::QueryExtents { .. }
                 | Action::HydrationWaits
+                | Action::HydrationRests
                 | Action::HydrationDone => unreachable!("hydration carries out its steps itself"),
             }
         }

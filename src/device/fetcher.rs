@@ -1,6 +1,6 @@
 //! The fetch thread: everything that waits for the source, and the stores that follow.
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
@@ -23,6 +23,11 @@ pub const MAX_FETCH_BYTES: u64 = 1 << 20;
 const BULK_WINDOW_BYTES: usize = 24 << 20;
 /// The same where demand shares the only connection: what is ahead of it there is what it waits for.
 const BULK_WINDOW_SHARED_BYTES: usize = 4 << 20;
+/// Fetches for hydration that may fail one after the other before it pauses: more than one bad block makes of them.
+const MAX_FAILURES: u32 = 64;
+/// With less than this free, hydration makes room in the cache before it asks the source: what cannot be stored
+/// would cross the wire again (I6).
+const SCARCE_BYTES: u64 = 4 * BULK_WINDOW_BYTES as u64;
 /// Bytes that demand may have in flight.
 const DEMAND_WINDOW_BYTES: usize = 64 << 20;
 
@@ -148,8 +153,12 @@ pub(super) struct Fetcher {
     pub(super) bulk: Budget,
     /// Rung when a fetch ended or extents came: hydration may have something to do again.
     pub(super) progress: event_listener::Event,
-    /// Why hydration should pause, if it should.
+    /// Why hydration should pause at once, if it should.
     pub(super) trouble: RefCell<Option<String>>,
+    /// What the source could not read last, for hydration.
+    pub(super) unreadable: RefCell<Option<String>>,
+    /// Fetches for hydration that failed since the last one that did not.
+    failures: Cell<u32>,
 }
 
 struct Reporter {
@@ -186,6 +195,8 @@ impl Fetcher {
             bulk: Budget::new(bulk_bytes),
             progress: event_listener::Event::new(),
             trouble: RefCell::default(),
+            unreadable: RefCell::default(),
+            failures: Cell::new(0),
         })
     }
 
@@ -235,6 +246,12 @@ impl Fetcher {
                 None => this.demand.take(range.len() as usize).await,
             };
             this.held.borrow_mut().insert(fetch, Held { data: None, _share: share });
+            if lane == Lane::Bulk
+                && let Err(e) = this.make_room(range).await
+            {
+                *this.trouble.borrow_mut() = Some(format!("cache: no room for what is to be fetched: {e}"));
+                return this.core.apply(Event::NoRoom { fetch });
+            }
             let result = match this.source() {
                 Some(source) => source.read(range, lane).await,
                 None => Err(Errno::EIO),
@@ -242,6 +259,7 @@ impl Fetcher {
             let mut actions = Vec::new();
             match result {
                 Ok(data) => {
+                    this.failures.set(0);
                     if let Some(held) = this.held.borrow_mut().get_mut(&fetch) {
                         held.data = Some(data.clone());
                     }
@@ -249,17 +267,40 @@ impl Fetcher {
                     this.core.route(actions, Some(&data));
                 }
                 Err(errno) => {
-                    let reason = format!("the source cannot read {} bytes at {}: {errno}", range.len(), range.start);
-                    log::warn!("{reason}");
-                    if lane == Lane::Bulk {
-                        *this.trouble.borrow_mut() = Some(reason);
-                    }
+                    this.could_not_read(run, lane, errno);
                     this.core.apply_into(Event::Fetched { fetch, result: Err(errno) }, &mut actions);
                     this.core.route(actions, None);
                 }
             }
         })
         .detach();
+    }
+
+    /// Sees to it that a range of the cache can be written, where that is in doubt.
+    async fn make_room(&self, range: ByteRange) -> io::Result<()> {
+        // A file system that cannot tell is asked to make room, too.
+        if self.cache.free_bytes().is_ok_and(|free| free > SCARCE_BYTES) {
+            return Ok(());
+        }
+        self.cache.reserve(range.start, range.len()).await
+    }
+
+    fn could_not_read(&self, run: BlockRun, lane: Lane, errno: Errno) {
+        let range = self.core.geometry().bytes_of(run);
+        let reason = format!("the source cannot read {} bytes at {}: {errno}", range.len(), range.start);
+        if run.len() > 1 {
+            log::debug!("{reason}; asking for each half");
+        } else {
+            log::warn!("{reason}");
+            *self.unreadable.borrow_mut() = Some(reason.clone());
+        }
+        if lane == Lane::Bulk {
+            self.failures.set(self.failures.get() + 1);
+            if self.failures.get() >= MAX_FAILURES {
+                self.failures.set(0);
+                *self.trouble.borrow_mut() = Some(reason);
+            }
+        }
     }
 
     fn start_store(self: &Rc<Self>, fetch: FetchId, run: BlockRun) {

@@ -40,7 +40,7 @@ impl Fetcher {
             let trouble = self.trouble.borrow_mut().take();
             if let Some(reason) = trouble {
                 hydration.set_state(HydrationState::Paused(reason));
-                sleep(RETRY_PAUSE).await;
+                select(sleep(RETRY_PAUSE).boxed_local(), changed).await;
                 continue;
             }
             let share = self.bulk.take(MAX_FETCH_BYTES as usize).await;
@@ -77,6 +77,11 @@ impl Fetcher {
             Some(Action::HydrationWaits) => {
                 drop(share);
                 select(progress, sleep(RETRY_PAUSE).boxed_local()).await;
+            }
+            Some(Action::HydrationRests) => {
+                drop(share);
+                let reason = self.unreadable.borrow_mut().take();
+                *self.trouble.borrow_mut() = Some(reason.unwrap_or_else(|| "some blocks cannot be read".into()));
             }
             Some(Action::HydrationDone) => {
                 drop(share);

@@ -8,6 +8,8 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use crossbeam::channel::TrySendError;
+use futures_util::FutureExt;
+use futures_util::future::{Either, select};
 
 use super::core::Core;
 use super::messages::{FetchRequest, VerifyMessage, VerifyProgress, VerifyReport, VerifyRequest};
@@ -76,6 +78,22 @@ async fn compare(core: &Core, cache: &FileIo, request: &VerifyRequest) -> Result
             request.uri
         ));
     }
+    let lost = format!(
+        "source {}: the connection was lost during the comparison; nothing was changed, try again",
+        request.uri
+    );
+    match select(compare_all(core, cache, &source, request).boxed_local(), source.gone().boxed_local()).await {
+        Either::Left((result, _)) => result,
+        Either::Right(_) => Err(lost),
+    }
+}
+
+async fn compare_all(
+    core: &Core,
+    cache: &FileIo,
+    source: &Source,
+    request: &VerifyRequest,
+) -> Result<VerifyReport, String> {
     let by_hash = source.hashes_blocks();
     let method = if by_hash { "hash" } else { "data" };
     let mut report = VerifyReport { method: method.into(), ..VerifyReport::default() };
@@ -83,7 +101,7 @@ async fn compare(core: &Core, cache: &FileIo, request: &VerifyRequest) -> Result
     let step = STEP_BYTES.max(core.geometry().block_bytes());
     for start in (0..total_bytes).step_by(step as usize) {
         let range = ByteRange { start, end: total_bytes.min(start + step) };
-        compare_step(core, cache, &source, by_hash, range, &mut report).await?;
+        compare_step(core, cache, source, by_hash, range, &mut report).await?;
         let progress = VerifyProgress { done_bytes: range.end, total_bytes };
         // Never blocks the ring: a display that is behind misses a step.
         if let Err(TrySendError::Disconnected(_)) = request.answer.try_send(VerifyMessage::Progress(progress)) {

@@ -113,6 +113,11 @@ pub enum Event {
         /// How it ended.
         result: Result<(), Errno>,
     },
+    /// A fetch for hydration was given up before the source was asked: the cache has no room for the data.
+    NoRoom {
+        /// Which.
+        fetch: FetchId,
+    },
     /// A Store or StoreZero was carried out.
     Stored {
         /// Of which fetch.
@@ -218,6 +223,8 @@ pub enum Action {
     },
     /// Hydration can do nothing until something in flight has ended.
     HydrationWaits,
+    /// Hydration has been everywhere, and some blocks could not be read: time to pause before they are tried again.
+    HydrationRests,
     /// All blocks are present.
     HydrationDone,
     /// Take the changed map pages and make data and maps durable. Answer with Committed.

@@ -1,7 +1,8 @@
 //! What to fetch next in the background.
 //!
 //! In order of address, from a cursor that starts again at the front when it has come to the end:
-//! blocks that failed or were taken back are absent still and are found then. Where the source tells
+//! blocks that failed or were taken back are absent still and are found then. After a round in which blocks
+//! failed comes a rest, so that a source with bad blocks is not asked for them without end. Where the source tells
 //! its holes, they are never asked for: they cross as metadata.
 
 use std::collections::VecDeque;
@@ -34,6 +35,8 @@ pub(super) enum Next {
     Query(BlockRun),
     /// Everything that is absent is on its way, or the source has been asked.
     Wait,
+    /// A round is over in which blocks failed.
+    Rest,
     /// Nothing is absent.
     Done,
 }
@@ -46,11 +49,13 @@ pub(super) struct Planner {
     /// What the source said, in order: run and "zeros".
     extents: VecDeque<(BlockRun, bool)>,
     asked: Option<BlockRun>,
+    /// Did a block fail in this round?
+    failed: bool,
 }
 
 impl Planner {
     pub(super) fn new(extents_known: bool) -> Self {
-        Self { cursor: 0, extents_known, extents: VecDeque::new(), asked: None }
+        Self { cursor: 0, extents_known, extents: VecDeque::new(), asked: None, failed: false }
     }
 
     pub(super) fn next(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Next {
@@ -66,6 +71,9 @@ impl Planner {
                 at_front_again = true;
                 self.cursor = 0;
                 self.extents.clear();
+                if std::mem::take(&mut self.failed) {
+                    return Next::Rest;
+                }
                 continue;
             };
             let (owner, until) = inflight.look(start);
@@ -102,6 +110,11 @@ impl Planner {
         let run = BlockRun::new(start, maps.absent_until(start, end));
         self.cursor = run.end;
         if zero { Next::Zero(run) } else { Next::Fetch(run) }
+    }
+
+    /// A block could not be read.
+    pub(super) fn failed(&mut self) {
+        self.failed = true;
     }
 
     /// Takes the answer to the query. An empty one (the source could not say) counts as data.
@@ -205,6 +218,12 @@ mod tests {
         // One fetch fails: its blocks come again.
         inflight.free(BlockRun::new(6, 11));
         assert_eq!(planner.next(&maps, &inflight, max), Next::Fetch(BlockRun::new(6, 11)));
+        // A block that cannot be read is tried again after the rest of the disk, and a rest.
+        inflight.free(BlockRun::new(4, 6));
+        planner.failed();
+        inflight.give(BlockRun::new(6, 11), super::super::inflight::Owner::Wire(super::super::FetchId(3)));
+        assert_eq!(planner.next(&maps, &inflight, max), Next::Rest);
+        assert_eq!(planner.next(&maps, &inflight, max), Next::Fetch(BlockRun::new(4, 6)));
         inflight.free(BlockRun::new(0, 12));
         maps.mark_present(g.all());
         assert_eq!(planner.next(&maps, &inflight, max), Next::Done);

@@ -35,6 +35,7 @@ pub enum PlantedFault {
 
 struct Fetch {
     run: BlockRun,
+    lane: Lane,
     /// Reads that are answered from the network buffer.
     readers: Vec<Segment>,
     /// What is dispatched again when the blocks are present (or are not going to be).
@@ -119,6 +120,7 @@ impl Engine {
             Event::LocalDone { io, result } => self.local_done(io, result, out),
             Event::Fetched { fetch, result: Ok(()) } => self.fetched(fetch, out),
             Event::Fetched { fetch, result: Err(errno) } => self.fetch_failed(fetch, errno, out),
+            Event::NoRoom { fetch } => self.no_room(fetch, out),
             Event::Stored { fetch, run, result } => self.stored(fetch, run, result, out),
             Event::Hydrate => self.hydrate(out),
             Event::Extents { extents } => self.planner.answer(self.maps.geometry(), &extents),
@@ -299,15 +301,15 @@ impl Engine {
     // ---- fetches -----------------------------------------------------------------------------------
 
     fn start_fetch(&mut self, run: BlockRun, lane: Lane, out: &mut Vec<Action>) -> FetchId {
-        let fetch = self.new_fetch(run);
+        let fetch = self.new_fetch(run, lane);
         self.inflight.give(run, Owner::Wire(fetch));
         out.push(Action::Fetch { fetch, run, lane });
         fetch
     }
 
-    fn new_fetch(&mut self, run: BlockRun) -> FetchId {
+    fn new_fetch(&mut self, run: BlockRun, lane: Lane) -> FetchId {
         let fetch = FetchId(self.fresh_id());
-        let state = Fetch { run, readers: Vec::new(), after: Vec::new(), stores: 0, store_error: None };
+        let state = Fetch { run, lane, readers: Vec::new(), after: Vec::new(), stores: 0, store_error: None };
         self.fetches.insert(fetch, state);
         fetch
     }
@@ -341,14 +343,37 @@ impl Engine {
     }
 
     fn fetch_failed(&mut self, id: FetchId, errno: Errno, out: &mut Vec<Action>) {
-        let fetch = self.fetches.remove(&id).expect("a fetch ends once");
-        for run in self.inflight.owned(fetch.run, Owner::Wire(id)) {
-            self.inflight.free(run);
-        }
+        let Fetch { run, lane, readers, after, .. } = self.fetches.remove(&id).expect("a fetch ends once");
+        let absent = self.inflight.owned(run, Owner::Wire(id));
+        absent.iter().for_each(|part| self.inflight.free(*part));
         out.push(Action::Release { fetch: id });
-        for segment in fetch.readers.into_iter().chain(fetch.after) {
+        if run.len() > 1 && !absent.is_empty() {
+            // A bad block costs that block only: each half is asked for again, down to the block that is bad.
+            let lane = if readers.is_empty() && after.is_empty() { lane } else { Lane::Demand };
+            let middle = run.start + run.len() / 2;
+            for half in [BlockRun::new(run.start, middle), BlockRun::new(middle, run.end)] {
+                for part in absent.iter().map(|part| part.clip(half)).filter(|part| !part.is_empty()) {
+                    self.start_fetch(part, lane, out);
+                }
+            }
+            // They find the new fetches, or that their blocks have come in another way.
+            readers.into_iter().chain(after).for_each(|segment| self.start(segment, out));
+            return;
+        }
+        if lane == Lane::Bulk {
+            self.planner.failed();
+        }
+        for segment in readers.into_iter().chain(after) {
             self.fail_or_start(segment, errno, out);
         }
+    }
+
+    /// Whoever came to wait for it meanwhile is served by a fetch on demand: that needs no room.
+    fn no_room(&mut self, id: FetchId, out: &mut Vec<Action>) {
+        let fetch = self.fetches.remove(&id).expect("a fetch ends once");
+        self.inflight.owned(fetch.run, Owner::Wire(id)).into_iter().for_each(|part| self.inflight.free(part));
+        out.push(Action::Release { fetch: id });
+        fetch.readers.into_iter().chain(fetch.after).for_each(|segment| self.start(segment, out));
     }
 
     fn stored(&mut self, id: FetchId, run: BlockRun, result: Result<(), Errno>, out: &mut Vec<Action>) {
@@ -405,13 +430,14 @@ impl Engine {
                 self.start_fetch(run, Lane::Bulk, out);
             }
             Next::Zero(run) => {
-                let fetch = self.new_fetch(run);
+                let fetch = self.new_fetch(run, Lane::Bulk);
                 self.inflight.give(run, Owner::Storing(fetch));
                 self.fetches.get_mut(&fetch).expect("just made").stores = 1;
                 out.push(Action::StoreZero { fetch, run });
             }
             Next::Query(run) => out.push(Action::QueryExtents { run }),
             Next::Wait => out.push(Action::HydrationWaits),
+            Next::Rest => out.push(Action::HydrationRests),
             Next::Done => out.push(Action::HydrationDone),
         }
     }

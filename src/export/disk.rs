@@ -60,8 +60,12 @@ impl ExportDisk {
 impl Disk for ExportDisk {
     fn export(&self) -> ExportInfo {
         // Told afresh to every client: one that reconnects must notice that the image was written to.
-        match self.image.identity() {
-            Ok(identity) => self.info.borrow_mut().identity = Some(identity),
+        match self.image.size_now_bytes().and_then(|size_bytes| Ok((size_bytes, self.image.identity()?))) {
+            Ok((size_bytes, identity)) => {
+                let mut info = self.info.borrow_mut();
+                info.size_bytes = size_bytes;
+                info.identity = Some(identity);
+            }
             Err(e) => log::error!("image {}: cannot be read: {e}", self.image.path().display()),
         }
         self.info.borrow().clone()

@@ -98,6 +98,11 @@ impl Image {
         self.size_bytes
     }
 
+    /// Size in bytes as it is now: somebody may have cut the file off, or made it longer.
+    pub fn size_now_bytes(&self) -> io::Result<u64> {
+        Ok(lseek(self.file.as_fd(), 0, Whence::SeekEnd)? as u64)
+    }
+
     /// Where it is.
     pub fn path(&self) -> &Path {
         &self.path
@@ -105,10 +110,11 @@ impl Image {
 
     /// What the contents are known by; see [`crate::identity`]. It changes when somebody writes to the file, and when the file is replaced by another disk's.
     pub fn identity(&self) -> io::Result<String> {
+        let size_bytes = self.size_now_bytes()?;
         let meta = self.file.metadata()?;
         let modified = meta.is_file().then(|| (meta.mtime(), meta.mtime_nsec()));
-        let mut hasher = IdentityHasher::new(self.size_bytes, modified);
-        for range in sample_ranges(self.size_bytes) {
+        let mut hasher = IdentityHasher::new(size_bytes, modified);
+        for range in sample_ranges(size_bytes) {
             let mut sample = vec![0; range.len() as usize];
             self.file.read_exact_at(&mut sample, range.start)?;
             hasher.sample(&sample);

@@ -22,6 +22,9 @@ use crate::uring::{BufferedReader, Connection, Mailbox, Part, spawn};
 /// Longest chunk payload that is read into the receive buffer rather than past it.
 const MAX_SMALL_PAYLOAD: usize = 8 << 10;
 
+/// Data is received in pieces of so many bytes: a slow link that delivers is told from a silent one.
+const RECEIVE_PIECE: usize = 256 << 10;
+
 /// Why a request on a link came to nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) enum LinkError {
@@ -71,6 +74,8 @@ struct Inner {
     session: ClientSession,
     requests: Mailbox<Vec<u8>>,
     pending: RefCell<HashMap<u64, Pending>>,
+    /// An answer is coming in; its request is not among those that wait any more.
+    receiving: Cell<bool>,
     next_cookie: Cell<u64>,
     alive: Cell<bool>,
     died: Event,
@@ -86,6 +91,7 @@ impl Link {
             session: dialed.session,
             requests: Mailbox::default(),
             pending: RefCell::default(),
+            receiving: Cell::new(false),
             next_cookie: Cell::new(1),
             alive: Cell::new(true),
             died: Event::new(),
@@ -118,7 +124,7 @@ impl Link {
 
     /// When the source was heard last, if requests wait for it.
     pub(super) fn silent_since(&self) -> Option<Instant> {
-        (self.load() > 0).then(|| self.inner.last_heard.get())
+        (self.load() > 0 || self.inner.receiving.get()).then(|| self.inner.last_heard.get())
     }
 
     /// Waits for the end of the link.
@@ -192,6 +198,7 @@ impl Link {
             let result = self.receive_reply(&mut reader).await;
             self.inner.stats.add_received(reader.take_received_bytes());
             self.inner.last_heard.set(Instant::now());
+            self.inner.receiving.set(false);
             if let Err(failure) = result {
                 return failure;
             }
@@ -201,6 +208,7 @@ impl Link {
     async fn receive_reply(&self, reader: &mut BufferedReader) -> Result<(), LinkFailure> {
         let Some(common) = reader.read(ReplyHeader::COMMON_LEN).await? else { return Err(LinkFailure::Closed) };
         let common: [u8; ReplyHeader::COMMON_LEN] = common.try_into().expect("read what was asked for");
+        self.inner.receiving.set(true);
         let mut extra = [0; 4];
         if ReplyHeader::needs_more(&common) > 0 {
             extra = small(reader, 4).await?.try_into().expect("read what was asked for");
@@ -237,7 +245,7 @@ impl Link {
         match &mut pending.waiting {
             Waiting::Read { read, .. } => {
                 let range = read.range();
-                receive_data(reader, read, range.start, range.len(), &self.inner.stats).await
+                receive_data(reader, read, range.start, range.len(), &self.inner).await
             }
             // Without structured replies there is nothing to say beyond "done".
             Waiting::Extents { .. } | Waiting::Hashes { .. } => Ok(()),
@@ -255,7 +263,7 @@ impl Link {
             (ChunkKind::None, _) => {}
             (ChunkKind::OffsetData, Waiting::Read { read, .. }) => {
                 let offset = decode_data_offset(small(reader, 8).await?.try_into().expect("read what was asked for"));
-                receive_data(reader, read, offset, len as u64 - 8, &self.inner.stats).await?;
+                receive_data(reader, read, offset, len as u64 - 8, &self.inner).await?;
             }
             (ChunkKind::OffsetHole, Waiting::Read { read, .. }) => {
                 let hole = Hole::decode(small(reader, len).await?)?;
@@ -301,13 +309,18 @@ async fn receive_data(
     read: &mut ReadAssembly,
     offset: u64,
     len: u64,
-    stats: &SourceStats,
+    inner: &Inner,
 ) -> Result<(), LinkFailure> {
     let place = read.place(offset, len, false)?;
-    let (result, bytes) = reader.read_into(read.take_buffer(), place.start, place.len()).await;
-    read.give_buffer(bytes);
-    stats.add_data(len);
-    Ok(result?)
+    for start in place.clone().step_by(RECEIVE_PIECE) {
+        let piece = RECEIVE_PIECE.min(place.end - start);
+        let (result, bytes) = reader.read_into(read.take_buffer(), start, piece).await;
+        read.give_buffer(bytes);
+        result?;
+        inner.last_heard.set(Instant::now());
+    }
+    inner.stats.add_data(len);
+    Ok(())
 }
 
 fn finish(pending: Pending) -> Result<(), LinkFailure> {

@@ -2,16 +2,17 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use event_listener::Event;
-use futures_util::future::try_join_all;
+use futures_util::FutureExt;
+use futures_util::future::{Either, select, try_join_all};
 
 use super::dial::{DialError, dial};
 use super::link::{Link, LinkError};
 use super::read::FetchedData;
 use super::stats::SourceStats;
-use super::{BACKOFF, BULK_LINKS, SILENCE};
+use super::{BACKOFF, BULK_LINKS, CONNECT_TIMEOUT, SHORT_LIFE, SILENCE};
 use crate::engine::{ByteRange, Errno, Extent, Lane};
 use crate::identity::{IdentityHasher, sample_ranges};
 use crate::nbd::{TransmissionFlags, Uri};
@@ -58,7 +59,11 @@ impl Source {
     pub async fn open(uri: Uri) -> Result<Self, DialError> {
         let stats = SourceStats::default();
         let link = Link::start(dial(&uri).await?, stats.clone());
-        let identity = identify(&link).await.map_err(|error| DialError::Broken {
+        let Some(identified) = identify_in_time(&link).await else {
+            link.close();
+            return Err(DialError::Silent { uri: uri.to_string() });
+        };
+        let identity = identified.map_err(|error| DialError::Broken {
             uri: uri.to_string(),
             source: match error {
                 LinkError::Lost => std::io::ErrorKind::ConnectionReset.into(),
@@ -83,7 +88,19 @@ impl Source {
             is_lost: Cell::new(false),
         });
         shared.set(0, Some(link));
-        Ok(Self { shared, tasks: RefCell::default() })
+        let silence = spawn(watch_silence(shared.clone()));
+        Ok(Self { shared, tasks: RefCell::new(vec![silence]) })
+    }
+
+    /// Waits until no link is left. For those who do not have links kept up.
+    pub async fn gone(&self) {
+        loop {
+            let alive = self.shared.slots.borrow().iter().flatten().find(|link| link.is_alive()).cloned();
+            match alive {
+                Some(link) => link.dead().await,
+                None => return,
+            }
+        }
     }
 
     /// Keeps links up from now on, and reports.
@@ -93,7 +110,6 @@ impl Source {
         let slots = self.shared.slots.borrow().len();
         let mut tasks = self.tasks.borrow_mut();
         tasks.extend((0..slots).map(|slot| spawn(keep_link(self.shared.clone(), slot))));
-        tasks.push(spawn(watch_silence(self.shared.clone())));
     }
 
     /// Closes all links for good.
@@ -274,27 +290,43 @@ async fn identify(link: &Link) -> Result<String, LinkError> {
     Ok(hasher.finish("sampled"))
 }
 
+async fn identify_in_time(link: &Link) -> Option<Result<String, LinkError>> {
+    match select(identify(link).boxed_local(), sleep(CONNECT_TIMEOUT).boxed_local()).await {
+        Either::Left((identified, _)) => Some(identified),
+        Either::Right(_) => None,
+    }
+}
+
 /// Keeps one slot filled for ever.
 async fn keep_link(shared: Rc<Shared>, slot: usize) {
     let mut pause = BACKOFF.0;
+    let mut is_first = true;
     loop {
         let held = shared.slots.borrow()[slot].clone();
         if let Some(link) = held {
+            let since = Instant::now();
             link.dead().await;
             shared.set(slot, None);
             log::warn!("source {}: connection {slot} lost", shared.uri);
             shared.report_lost("the connection was lost".into());
+            is_first = false;
+            if since.elapsed() < SHORT_LIFE {
+                sleep(pause + jitter(pause)).await;
+                pause = (pause * 2).min(BACKOFF.1);
+            } else {
+                pause = BACKOFF.0;
+            }
         }
-        match reconnect(&shared).await {
+        match reconnect(&shared, is_first).await {
             Ok(link) => {
                 // Whichever comes first: hydration gives its own links a chance to come up.
                 shared.bulk_refused.set(false);
                 shared.set(slot, Some(link));
-                pause = BACKOFF.0;
                 continue;
             }
             Err(reason) => {
                 log::debug!("{reason}");
+                is_first = false;
                 shared.bulk_refused.set(true);
                 shared.link_up.notify(usize::MAX);
                 shared.report_lost(reason);
@@ -305,8 +337,8 @@ async fn keep_link(shared: Rc<Shared>, slot: usize) {
     }
 }
 
-/// A new link to the *same* disk; anything else is refused, in words.
-async fn reconnect(shared: &Shared) -> Result<Link, String> {
+/// A new link to the *same* disk; anything else is refused, in words. `is_first`: nothing was lost before it.
+async fn reconnect(shared: &Shared, is_first: bool) -> Result<Link, String> {
     let dialed = dial(&shared.uri).await.map_err(|e| e.to_string())?;
     let link = Link::start(dialed, shared.stats.clone());
     if link.session().size_bytes != shared.size_bytes {
@@ -314,10 +346,10 @@ async fn reconnect(shared: &Shared) -> Result<Link, String> {
         link.close();
         return Err(format!("source {}: it has {now} bytes now, {} before: refused", shared.uri, shared.size_bytes));
     }
-    // Samples cost bytes: a foreign server is asked again only when no link to it was left.
-    let known = shared.stats.links() > 0 && link.session().ferry_identity.is_none();
+    // Samples cost bytes: when the links come up one after the other, those of a foreign server show them once.
+    let known = is_first && shared.stats.links() > 0 && link.session().ferry_identity.is_none();
     if !known {
-        match identify(&link).await {
+        match identify_in_time(&link).await.unwrap_or(Err(LinkError::Lost)) {
             Ok(identity) if identity == shared.identity => {}
             Ok(identity) => {
                 link.close();

@@ -1,5 +1,6 @@
 //! One client, from its greeting to its end.
 
+use std::cell::Cell;
 use std::io;
 use std::rc::Rc;
 
@@ -61,13 +62,17 @@ struct Context<D> {
     limits: Limits,
     replies: Mailbox<Reply>,
     stats: ServeStats,
+    /// Nobody will read the replies.
+    gone: Cell<bool>,
 }
 
-/// Serves a client until it leaves. `Ok`: it left in order.
+/// Serves a client until it leaves. `Ok`: it left in order. What is still under way then is finished after this
+/// returns, with a share of `leftovers`: requests that wait for the source may take long.
 pub(super) async fn run<D: Disk>(
     connection: Connection,
     disk: Rc<D>,
     stats: ServeStats,
+    leftovers: Budget,
 ) -> Result<(), ConnectionError> {
     let mut reader = BufferedReader::new(connection.clone(), READER_BYTES);
     let export = disk.export();
@@ -86,14 +91,24 @@ pub(super) async fn run<D: Disk>(
         bytes: Budget::new(MAX_BYTES),
         waiting_bytes: Budget::new(MAX_WAITING_BYTES),
     };
-    let context = Rc::new(Context { lendable, disk, session, limits, replies: replies.clone(), stats });
-    let _writer = spawn(write_replies(connection.clone(), replies, context.stats.clone()));
+    let gone = Cell::new(false);
+    let context = Rc::new(Context { lendable, disk, session, limits, replies, stats, gone });
+    let writer = spawn(write_replies(connection.clone(), context.clone()));
     let result = read_requests(&mut reader, &context).await;
-    if result.is_ok() {
-        // DISC, or the end of the stream: what is under way is finished and answered first.
-        context.lendable.requests.all_back().await;
+    if result.is_err() {
+        context.gone.set(true);
+        connection.shutdown();
     }
-    connection.shutdown();
+    // DISC, or the end of the stream: what is under way is finished and answered. The writer stays until then: replies
+    // hold their shares of the limits, and who waits for those holds the connection's memory.
+    let share = leftovers.take(1).await;
+    spawn(async move {
+        context.lendable.requests.all_back().await;
+        connection.shutdown();
+        writer.cancel().await;
+        drop(share);
+    })
+    .detach();
     result
 }
 
@@ -154,6 +169,7 @@ async fn read_requests<D: Disk>(reader: &mut BufferedReader, context: &Rc<Contex
             }
             let parts = match verdict {
                 Err(error) => replies::done(context.session.structured, request.cookie, Err(error)),
+                Ok(()) if request.command == Command::Read && context.gone.get() => Vec::new(),
                 Ok(()) => answer(&context, request, payload).await,
             };
             context.replies.send(Reply { parts, _shares: Shares { _request: request_share, _bytes: bytes_share } });
@@ -207,21 +223,25 @@ async fn answer<D: Disk>(context: &Context<D>, request: Request, payload: Vec<u8
     replies::done(structured, cookie, result)
 }
 
-async fn write_replies(connection: Connection, replies: Mailbox<Reply>, stats: ServeStats) {
+async fn write_replies<D: Disk>(connection: Connection, context: Rc<Context<D>>) {
     loop {
-        let mut batch = vec![replies.recv().await];
+        let mut batch = vec![context.replies.recv().await];
         let mut parts = std::mem::take(&mut batch[0].parts);
         while parts.len() < MAX_PARTS_PER_SEND
-            && let Some(mut reply) = replies.try_recv()
+            && let Some(mut reply) = context.replies.try_recv()
         {
             parts.append(&mut reply.parts);
             batch.push(reply);
         }
         let len: usize = parts.iter().map(Part::len).sum();
+        if context.gone.get() {
+            continue;
+        }
         if connection.send(parts).await.is_err() {
             // The reader sees it too, and ends the connection.
+            context.gone.set(true);
             connection.shutdown();
         }
-        stats.add_sent(len as u64);
+        context.stats.add_sent(len as u64);
     }
 }

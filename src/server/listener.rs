@@ -10,7 +10,7 @@ use slab::Slab;
 
 use super::disk::Disk;
 use super::stats::ServeStats;
-use super::{MAX_CONNECTIONS, connection};
+use super::{MAX_CONNECTIONS, MAX_LEFTOVERS, connection};
 use crate::uring::{Budget, Connection, Listener, Task, sleep, spawn};
 
 /// A listener at work.
@@ -18,6 +18,7 @@ pub struct Server {
     accepting: Task<()>,
     open: Rc<RefCell<Slab<Connection>>>,
     places: Budget,
+    leftovers: Budget,
 }
 
 impl Server {
@@ -25,8 +26,9 @@ impl Server {
     pub fn start<D: Disk>(listener: Listener, disk: Rc<D>, stats: ServeStats) -> Self {
         let open = Rc::new(RefCell::new(Slab::new()));
         let places = Budget::new(MAX_CONNECTIONS);
-        let accepting = spawn(accept(listener, disk, stats, open.clone(), places.clone()));
-        Self { accepting, open, places }
+        let leftovers = Budget::new(MAX_LEFTOVERS);
+        let accepting = spawn(accept(listener, disk, stats, open.clone(), [places.clone(), leftovers.clone()]));
+        Self { accepting, open, places, leftovers }
     }
 
     /// Takes no more clients and no more requests, and gives those under way so long to end.
@@ -35,7 +37,11 @@ impl Server {
         for (_, connection) in self.open.borrow().iter() {
             connection.shutdown_receiving();
         }
-        select(self.places.all_back().boxed_local(), sleep(patience).boxed_local()).await;
+        let ended = async {
+            self.places.all_back().await;
+            self.leftovers.all_back().await;
+        };
+        select(ended.boxed_local(), sleep(patience).boxed_local()).await;
     }
 }
 
@@ -44,7 +50,7 @@ async fn accept<D: Disk>(
     disk: Rc<D>,
     stats: ServeStats,
     open: Rc<RefCell<Slab<Connection>>>,
-    places: Budget,
+    [places, leftovers]: [Budget; 2],
 ) {
     loop {
         let place = places.take(1).await;
@@ -57,12 +63,12 @@ async fn accept<D: Disk>(
                 continue;
             }
         };
-        let (disk, stats, open) = (disk.clone(), stats.clone(), open.clone());
+        let (disk, stats, open, leftovers) = (disk.clone(), stats.clone(), open.clone(), leftovers.clone());
         let local = listener.local().to_owned();
         spawn(async move {
             let key = open.borrow_mut().insert(connection.clone());
             stats.client_came();
-            if let Err(e) = connection::run(connection, disk, stats.clone()).await {
+            if let Err(e) = connection::run(connection, disk, stats.clone(), leftovers).await {
                 log::warn!("{local}: a client was dropped: {e}");
             }
             stats.client_left();

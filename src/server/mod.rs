@@ -24,6 +24,8 @@ use std::time::Duration;
 
 /// Connections that one listener serves at a time.
 pub const MAX_CONNECTIONS: usize = 256;
+/// Connections that have ended and still have requests under way, such as reads that wait for a lost source.
+const MAX_LEFTOVERS: usize = 1024;
 /// Requests of one connection that may be under way.
 const MAX_REQUESTS: usize = 1024;
 /// Bytes that one connection may hold: payloads of writes and replies to reads that are answered at once.

@@ -166,23 +166,44 @@ impl FileIo {
         Ok(())
     }
 
-    /// Turns a range into zeros. Where the file system cannot, zeros are written, unless `fast_only`:
-    /// then the error is `EOPNOTSUPP` and nothing was changed.
-    pub async fn zero_at(&self, offset_bytes: u64, len_bytes: u64, mode: ZeroMode, fast_only: bool) -> io::Result<()> {
+    /// Free bytes of the file system that the file is on, for those who are not root.
+    pub fn free_bytes(&self) -> io::Result<u64> {
+        let stat = nix::sys::statvfs::fstatvfs(self.fd.as_ref())?;
+        Ok(stat.blocks_available() as u64 * stat.fragment_size() as u64)
+    }
+
+    /// Makes room for a range, so that writing it cannot fail for want of space. What it reads as stays as it is.
+    /// Where the file system cannot, nothing happens.
+    pub async fn reserve(&self, offset_bytes: u64, len_bytes: u64) -> io::Result<()> {
+        match self.fallocate(offset_bytes, len_bytes, libc::FALLOC_FL_KEEP_SIZE).await {
+            Err(e) if is_unsupported(&e) => Ok(()),
+            result => result,
+        }
+    }
+
+    async fn fallocate(&self, offset_bytes: u64, len_bytes: u64, flags: i32) -> io::Result<()> {
         loop {
             let fd = types::Fd(self.fd.as_raw_fd());
             // SAFETY: the descriptor is owned by the resource; there is no memory.
             let op = unsafe {
                 submit(self.fd.clone(), |_| {
-                    opcode::Fallocate::new(fd, len_bytes).offset(offset_bytes).mode(mode.fallocate_flags()).build()
+                    opcode::Fallocate::new(fd, len_bytes).offset(offset_bytes).mode(flags).build()
                 })
             };
             match op.await.0 {
                 Ok(_) => return Ok(()),
                 Err(e) if is_transient(&e) => {}
-                Err(e) if is_unsupported(&e) && !fast_only => break,
                 Err(e) => return Err(e),
             }
+        }
+    }
+
+    /// Turns a range into zeros. Where the file system cannot, zeros are written, unless `fast_only`:
+    /// then the error is `EOPNOTSUPP` and nothing was changed.
+    pub async fn zero_at(&self, offset_bytes: u64, len_bytes: u64, mode: ZeroMode, fast_only: bool) -> io::Result<()> {
+        match self.fallocate(offset_bytes, len_bytes, mode.fallocate_flags()).await {
+            Err(e) if is_unsupported(&e) && !fast_only => {}
+            result => return result,
         }
         let end = offset_bytes + len_bytes;
         let mut at = offset_bytes;

@@ -329,13 +329,25 @@ pub fn bind_private(path: &Path) -> Result<UnixListener, BindError> {
     let refused = |e| BindError::Refused(path.display().to_string(), e);
     match fs::symlink_metadata(path) {
         Ok(meta) if !meta.file_type().is_socket() => return Err(BindError::NotASocket(path.into())),
-        Ok(_) if UnixStream::connect(path).is_ok() => return Err(BindError::Taken(path.into())),
+        Ok(_) if somebody_listens(path) => return Err(BindError::Taken(path.into())),
         Ok(_) => fs::remove_file(path).map_err(refused)?,
         Err(_) => {}
     }
     let listener = UnixListener::bind(path).map_err(refused)?;
     fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(refused)?;
     Ok(listener)
+}
+
+/// The kernel may keep a killed process's socket open for a moment, while it takes its ring apart: whoever listens
+/// counts only if the process is alive.
+fn somebody_listens(path: &Path) -> bool {
+    let Ok(stream) = UnixStream::connect(path) else { return false };
+    let Ok(peer) = nix::sys::socket::getsockopt(&stream, nix::sys::socket::sockopt::PeerCredentials) else {
+        return true;
+    };
+    let process = nix::unistd::Pid::from_raw(peer.pid());
+    // Process 0 is one that this process cannot see.
+    peer.pid() == 0 || nix::sys::signal::kill(process, None) != Err(nix::errno::Errno::ESRCH)
 }
 
 impl AsFd for Listener {

@@ -145,16 +145,13 @@ fn the_source_is_not_asked_for_what_there_is_no_room_for() {
         let paused = |status: &Value| status["hydrate"]["state"] == "paused";
         let asked = || source.asked().iter().map(|asked| u64::from(asked.len)).sum::<u64>();
         device.wait_for(paused);
-        let at_first = asked();
-        // Some times over: tried again, and paused.
-        let rounds = 4;
-        for _ in 0..rounds {
-            let so_far = source.asked().len();
-            source.wait_asked(so_far + 1);
+        for _ in 0..3 {
+            device.set("hydrate=off");
+            device.wait_for(|status| status["hydrate"]["state"] == "off");
+            device.set("hydrate=auto");
             device.wait_for(paused);
         }
-        let again = (asked() - at_first) / MIB;
-        assert!(again <= 4 * rounds, "{again} MiB were asked for in {rounds} attempts, and there is room for none");
+        assert!(asked() <= 10 * MIB, "{} bytes were asked for, of which 8 MiB have a place", asked());
         world.ok(["detach", "disk", "--incomplete"]);
     });
 }

@@ -150,7 +150,8 @@ fn hydration_pauses_after_a_refusal_says_why_and_goes_on() {
     let world = World::new();
     let expected = noise(1, SIZE as usize);
     let source = Source::start(&world.path("source"), expected.clone(), Manners::default());
-    source.lie(Lie::Refusal(NbdError::Io));
+    // More than the halves of what it is asked for at once.
+    (0..8192).for_each(|_| source.lie(Lie::Refusal(NbdError::Io)));
     let device = world.attach(&source.uri, &world.path("cache"), "disk", &[]);
     let status = device.wait_for(|status| status["hydrate"]["state"] == "paused");
     let reason = status["hydrate"]["reason"].as_str().unwrap();

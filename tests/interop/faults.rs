@@ -78,7 +78,6 @@ fn let_it_answer(world: &World) {
 }
 
 #[test]
-#[ignore = "hydration does not yet split a fetch that failed: a bad block costs its mebibyte"]
 fn a_bad_block_costs_that_block_only() {
     let world = World::new();
     let cache = world.path("cache.raw");

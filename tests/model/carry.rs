@@ -1,6 +1,6 @@
 //! Tasks are carried out: piece by piece, and their outcome is told to the engine.
 
-use blkferry::engine::{Errno, Event, Extent, OpId};
+use blkferry::engine::{Errno, Event, Extent, Lane, OpId};
 
 use crate::check::{Checked, ensure};
 use crate::guest::Wish;
@@ -71,9 +71,12 @@ impl World {
             }
             What::Store(fetch, run) => drop(self.feed(Event::Stored { fetch, run, result })?),
             What::Wire(id) => {
-                if result.is_ok() {
-                    let fetch = self.fetches.iter_mut().find(|f| f.id == id);
-                    fetch.expect("no fetch is released while it is on the wire").arrived = true;
+                let fetch = self.fetches.iter_mut().find(|f| f.id == id);
+                let fetch = fetch.expect("no fetch is released while it is on the wire");
+                fetch.arrived = result.is_ok();
+                if fetch.lane == Lane::Bulk && result == Err(Errno::ENOSPC) {
+                    self.feed(Event::NoRoom { fetch: id })?;
+                    return Ok(());
                 }
                 self.feed(Event::Fetched { fetch: id, result })?;
             }

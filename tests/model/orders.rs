@@ -32,7 +32,7 @@ impl World {
             Action::StoreZero { fetch, run } => {
                 ensure!(self.setup.is_zero(run), "I4/I6", "{run} is not all zeros at the source");
                 self.cross(run)?;
-                self.fetches.push(Fetch { id: fetch, run, arrived: true });
+                self.fetches.push(Fetch { id: fetch, run, lane: Lane::Bulk, arrived: true });
                 self.stats.zero_stores += 1;
                 self.take_store(fetch, run)
             }
@@ -47,6 +47,10 @@ impl World {
                 let on_its_way = |t: &Task| matches!(t.what, What::Wire(_) | What::Query(_) | What::Store(..));
                 let busy = self.tasks.iter().any(|t| on_its_way(t) || t.is_guest_change());
                 ensure!(busy, "I10", "hydration waits for nothing: a block is lost in the table");
+                Ok(())
+            }
+            Action::HydrationRests => {
+                ensure!(self.lenient(self.injected), "hydration", "it rests, though nothing failed");
                 Ok(())
             }
             Action::HydrationDone => {
@@ -88,17 +92,18 @@ impl World {
     fn take_fetch(&mut self, id: FetchId, run: BlockRun, lane: Lane, is_hydration: bool) -> Checked {
         let most = (self.setup.config.max_fetch_bytes / self.setup.geometry.block_bytes()).max(1);
         ensure!(!run.is_empty() && run.len() <= most, "I10", "a fetch of {run}, {most} are the most");
-        ensure!((lane == Lane::Bulk) == is_hydration, "I8", "a fetch of {run} in the wrong lane {lane:?}");
+        let in_lane = if self.hydrating { lane == Lane::Bulk } else { lane == Lane::Demand || is_hydration };
+        ensure!(in_lane, "I8", "a fetch of {run} in the wrong lane {lane:?}");
         self.cross(run)?;
         if let Some(range) = self.changing {
             let whole = (run.start..run.end).find(|&block| self.setup.covers(range, block));
             ensure!(self.lenient(whole.is_none()), "I9", "{whole:?} is fetched to be overwritten");
         }
-        if is_hydration {
+        if self.hydrating {
             let told = (run.start..run.end).find(|&b| self.told_zero[b as usize]);
             ensure!(told.is_none(), "I6", "block {told:?} is known to be zeros, and is fetched");
         }
-        self.fetches.push(Fetch { id, run, arrived: false });
+        self.fetches.push(Fetch { id, run, lane, arrived: false });
         self.tasks.push(Task::new(What::Wire(id)));
         self.stats.fetches += 1;
         Ok(())

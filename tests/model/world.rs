@@ -13,7 +13,7 @@ use std::sync::atomic::AtomicU64;
 #[cfg(feature = "planted-faults")]
 use blkferry::engine::PlantedFault;
 use blkferry::engine::{
-    Action, BlockRun, ByteRange, Engine, Errno, Event, FetchId, Maps, OpId, OpKind, PAGE_BLOCKS, PageImage, Words,
+    Action, BlockRun, ByteRange, Engine, Errno, Event, FetchId, Lane, Maps, OpId, OpKind, PAGE_BLOCKS, PageImage, Words,
 };
 
 use crate::check::{Checked, ensure};
@@ -51,6 +51,7 @@ pub struct Options {
 pub struct Fetch {
     pub id: FetchId,
     pub run: BlockRun,
+    pub lane: Lane,
     /// Its data is here.
     pub arrived: bool,
 }
@@ -79,6 +80,8 @@ pub struct World {
     pub commit_began: u64,
     /// Something was made to fail since the engine began.
     pub injected: bool,
+    /// The engine handles a step of hydration.
+    pub hydrating: bool,
     /// The range that the request being submitted changes.
     pub changing: Option<ByteRange>,
     /// The source says nothing of its extents; the cache has no room for fetched data.
@@ -123,6 +126,7 @@ impl World {
             written_pages: Vec::new(),
             commit_began: 0,
             injected: false,
+            hydrating: false,
             changing: None,
             source_is_mute: false,
             cache_is_full: false,
@@ -241,7 +245,15 @@ impl World {
     /// Gives the engine an event and takes its actions; returns how many they were.
     pub fn feed(&mut self, event: Event) -> Checked<usize> {
         self.note(|| format!("-> {event:?}"));
-        let is_hydration = event == Event::Hydrate;
+        // Hydration's own fetches, and what becomes of one that failed.
+        let is_hydration = match &event {
+            Event::Hydrate => true,
+            Event::Fetched { fetch, result: Err(_) } => {
+                self.fetches.iter().any(|f| f.id == *fetch && f.lane == Lane::Bulk)
+            }
+            _ => false,
+        };
+        self.hydrating = event == Event::Hydrate;
         let most = (self.setup.blocks.len() + 2) * (self.open.len() + 2);
         let mut actions = std::mem::take(&mut self.actions);
         self.engine.apply(event, &mut actions);

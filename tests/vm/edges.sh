@@ -26,6 +26,7 @@ blkferry detach c --incomplete
 # Killed: listed, its readers wait, given up.
 pid=$(status_of a .pid)
 kill -9 "$pid"
+# shellcheck disable=SC2016  # for eval
 wait_for 10 eval '[[ $(blkferry list --json | jq -r ".[0].state") == dead ]]'
 blkferry list | grep -q "recover a" || fail "list"
 dd if=/dev/ublkb5 of=/dev/null bs=4k count=1 iflag=direct status=none 2>/dev/null &

@@ -3,6 +3,7 @@
 set -euo pipefail
 cd /tmp || exit
 
+# shellcheck disable=SC2034  # used by those who source this
 readonly SOURCE='nbd+unix:///?socket=/tmp/source.sock'
 
 fail() {

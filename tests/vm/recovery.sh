@@ -41,6 +41,7 @@ wait_for 10 dead
 # The daemon must not inherit what its caller has open.
 blkferry recover web
 exec 7<&-
+[[ $(cat /run/blkferry/ublk/0) == web ]] || fail "the name for udev"
 blkferry set web hydrate=auto
 blkferry status web --watch >/dev/null 2>&1
 cmp -n $((30 << 20)) -i $((16 << 20)) source.raw /dev/ublkb0

@@ -36,5 +36,6 @@ ublk recover -n 4
 cmp source.raw /dev/ublkb4
 ublk list | grep LIVE || fail "ublk list"
 ublk del -n 4
+# shellcheck disable=SC2016  # for eval
 wait_for 10 eval '[[ $(blkferry list) == "no devices" ]]'
 [[ ! -e /dev/ublkb4 ]] || fail "ublk del"

@@ -255,7 +255,7 @@ impl Host {
                     self.wants_commit = true;
                 }
                 Action::Complete { op, result } => self.completed(op, result),
-                Action::Release { .. } | Action::HydrationWaits | Action::HydrationDone => {}
+                Action::Release { .. } | Action::HydrationWaits | Action::HydrationRests | Action::HydrationDone => {}
                 other => unreachable!("{other:?}"),
             }
         }
