@@ -260,10 +260,10 @@ impl Daemon {
         }
     }
 
-    fn main_loop(self, wished: &Receiver<Wish>, observer: &mut dyn Observer) -> Result<End, DaemonError> {
+    fn main_loop(mut self, wished: &Receiver<Wish>, observer: &mut dyn Observer) -> Result<End, DaemonError> {
         loop {
             match wished.recv_timeout(TICK) {
-                Err(RecvTimeoutError::Timeout) if self.frontend.has_ended() => {
+                Err(RecvTimeoutError::Timeout) if self.frontend.notice_end() => {
                     log::info!("the block device was stopped by somebody else");
                     return self.stop().map(|()| End::Gone);
                 }

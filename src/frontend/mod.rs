@@ -58,10 +58,10 @@ impl Frontend {
     }
 
     /// Has it come to its end without being told to?
-    pub fn has_ended(&self) -> bool {
+    pub fn notice_end(&mut self) -> bool {
         match self {
             Self::Nbd(_) => false,
-            Self::Ublk(ublk) => ublk.has_ended(),
+            Self::Ublk(ublk) => ublk.notice_end(),
         }
     }
 

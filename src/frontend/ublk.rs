@@ -80,6 +80,7 @@ pub struct UblkFrontend {
     queues: Vec<JoinHandle<()>>,
     let_go: Vec<Mailbox<()>>,
     errors: Receiver<UblkError>,
+    stopped_elsewhere: bool,
 }
 
 impl UblkFrontend {
@@ -89,7 +90,7 @@ impl UblkFrontend {
         shape_device(core, &device, shape)?;
         let channel = Channel::open(&info)?;
         let (broken, errors) = crossbeam::channel::unbounded();
-        let mut this = Self { device, queues: Vec::new(), let_go: Vec::new(), errors };
+        let mut this = Self { device, queues: Vec::new(), let_go: Vec::new(), errors, stopped_elsewhere: false };
         for index in 0..info.queues {
             let let_go = Mailbox::default();
             let worker = Worker {
@@ -117,9 +118,11 @@ impl UblkFrontend {
         &self.device
     }
 
-    /// Have all queues ended? Then somebody else has stopped the device.
-    pub fn has_ended(&self) -> bool {
-        self.queues.iter().all(JoinHandle::is_finished)
+    /// Have all queues ended although nobody asked us? Then somebody else has stopped the device (`ublk del`),
+    /// and removes it: if we did, that one would not find it.
+    pub fn notice_end(&mut self) -> bool {
+        self.stopped_elsewhere = self.queues.iter().all(JoinHandle::is_finished);
+        self.stopped_elsewhere
     }
 
     /// Stops the device if nobody uses it. [`UblkFrontend::stop`] must follow.
@@ -130,6 +133,9 @@ impl UblkFrontend {
     /// Stops the device, whoever uses it, and removes it. Requests under way are finished, if that takes no
     /// longer than a few seconds.
     pub fn stop(self) -> Result<(), FrontendError> {
+        if self.stopped_elsewhere {
+            return Ok(());
+        }
         let let_go = || self.let_go.iter().for_each(|mailbox| mailbox.send(()));
         self.device.stop(let_go)?;
         for queue in self.queues {
