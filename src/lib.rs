@@ -9,8 +9,8 @@
 //!        host A                                             host B
 //!  ┌───────────────┐   NBD over TCP   ┌──────────────────────────────────────────────────┐
 //!  │ export  image ├─────────────────►│ remote ──► device ──► frontend ◄── guest (QEMU,   │
-//!  └───────────────┘   holes stay     │  links      │  ▲       NBD on a         fio, …)   │
-//!   (or any other      holes          │             ▼  │       unix socket               │
+//!  └───────────────┘   holes stay     │  links      │  ▲       NBD or a         fio, …)   │
+//!   (or any other      holes          │             ▼  │       block device              │
 //!    NBD server)                      │           engine (pure: events in, actions out)   │
 //!                                     │             │                                    │
 //!                                     │           cache: data + metadata + live map       │
@@ -24,7 +24,7 @@
 //! | [`cli`] | one file a verb | everything below |
 //! | [`daemon`] | one device: puts the parts together and takes them apart | everything below |
 //! | [`control`] | control socket, status, run directory | `device` (reports), `uring` |
-//! | [`frontend`] | how the guest reaches the device | `device`, `server` |
+//! | [`frontend`] | how the guest reaches the device | `device`, `server`, `ublk` |
 //! | [`export`] | the source side: an image on offer | `server`, `identity` |
 //! | [`device`] | the shell around the engine: threads, queues, hydration, commits | `engine`, `cache`, `remote` |
 //! | [`server`] | an NBD server on a ring; what it serves is a trait | `nbd`, `uring` |
@@ -32,7 +32,8 @@
 //! | [`cache`] | data file, metadata format, commit protocol, live map | `engine` (maps), `uring` |
 //! | [`engine`] | what happens to every block; no I/O, no clock, no thread | nothing but std |
 //! | [`nbd`] | the protocol as types and codecs | nothing |
-//! | [`uring`] | the io_uring reactor; the one home of `unsafe` | nothing |
+//! | [`ublk`] | the kernel's ublk driver: control, requests and answers; a home of `unsafe` | `uring` |
+//! | [`uring`] | the io_uring reactor; the other home of `unsafe` | nothing |
 //! | [`identity`], [`size`] | what a disk is known by; `64K` and friends | next to nothing |
 //!
 //! `scripts/check-layers` holds these lines.

@@ -40,7 +40,7 @@ pub(super) struct Args {
     #[arg(long)]
     name: Option<String>,
     /// How the guest reaches the device
-    #[arg(long, value_enum, default_value_t = Frontend::Auto)]
+    #[arg(long, value_enum, default_value_t = Frontend::Auto, env = "BLKFERRY_FRONTEND", hide_env_values = true)]
     frontend: Frontend,
     /// Path of the NBD socket [default: NAME.nbd in the run directory]
     #[arg(long, value_name = "PATH")]

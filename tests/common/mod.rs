@@ -61,7 +61,8 @@ impl World {
 
     pub fn command<S: AsRef<OsStr>>(&self, args: impl IntoIterator<Item = S>) -> Command {
         let mut command = Command::new(BLKFERRY);
-        command.args(args).env("BLKFERRY_RUN_DIR", self.run_dir());
+        // Whatever this machine's kernel and user could have.
+        command.args(args).env("BLKFERRY_RUN_DIR", self.run_dir()).env("BLKFERRY_FRONTEND", "nbd");
         command
     }
 
