@@ -15,6 +15,7 @@ use crate::control::{RunDir, Status};
 use crate::daemon::{self, DaemonOptions, Observer};
 use crate::device::Mode;
 use crate::nbd::Uri;
+use crate::remote::OnLoss;
 use crate::size::{ParseSizeError, parse_size};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -51,6 +52,9 @@ pub(super) struct Args {
     /// Fetch in the background: auto, off, or at most RATE bytes a second (50M). Can be changed live with `set`
     #[arg(long, value_name = "auto|off|RATE", default_value = "auto")]
     hydrate: Mode,
+    /// While the source is lost, requests for absent blocks wait, or fail after DURATION (30s). Can be changed live
+    #[arg(long, value_name = "wait|fail-after:DURATION", default_value = "wait")]
+    on_source_loss: OnLoss,
     /// Block size of a new cache: a power of two from 4K to 1M [default: 4K]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     block_size: Option<u64>,
@@ -103,6 +107,7 @@ fn options(args: &Args, name: String) -> DaemonOptions {
         name,
         socket: args.socket.clone(),
         hydrate: args.hydrate,
+        on_source_loss: args.on_source_loss,
         block_bytes: args.block_size,
         forget_unflushed: args.forget_unflushed,
         overwrite: args.overwrite,

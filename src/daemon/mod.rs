@@ -24,6 +24,7 @@ use crate::control::{Detached, Entry, NameError, RunDir, RunDirError, Status};
 use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Mode};
 use crate::frontend::{FrontendError, NbdFrontend};
 use crate::nbd::Uri;
+use crate::remote::OnLoss;
 use crate::uring::{BindError, UringError, require_io_uring};
 
 use handler::DaemonHandler;
@@ -47,6 +48,8 @@ pub struct DaemonOptions {
     pub socket: Option<PathBuf>,
     /// How to hydrate.
     pub hydrate: Mode,
+    /// What becomes of requests while the source is lost.
+    pub on_source_loss: OnLoss,
     /// Block size of a new cache, in bytes.
     pub block_bytes: Option<u64>,
     /// Go on although the live map of a killed daemon is gone.

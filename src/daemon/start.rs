@@ -18,6 +18,7 @@ use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Hydration
 use crate::engine::{Engine, EngineConfig, Geometry};
 use crate::frontend::{NbdFrontend, Presentation};
 use crate::nbd::Address;
+use crate::remote::LossPolicy;
 use crate::uring::{Listener, bind_private};
 
 /// Where everything of a device is, as absolute paths.
@@ -46,7 +47,8 @@ pub(super) fn start(options: &DaemonOptions, run_dir: &RunDir, wishes: Sender<Wi
     let places = Places::of(options, run_dir).map_err(|e| DaemonError::Io("the paths cannot be made absolute", e))?;
     let listener = Listener::unix(&places.socket)?;
     let control = bind_private(&places.control)?;
-    let up = start_on(options, run_dir, &places, listener);
+    let policy = LossPolicy::new(options.on_source_loss);
+    let up = start_on(options, run_dir, &places, &policy, listener);
     let (core, frontend, fetch, commit, facts, source_stats) = match up {
         Ok(up) => up,
         Err(error) => {
@@ -63,8 +65,14 @@ pub(super) fn start(options: &DaemonOptions, run_dir: &RunDir, wishes: Sender<Wi
         control: places.control,
         uri: uri.clone(),
     };
-    let device =
-        DeviceFacts { name: options.name.clone(), uri, source: facts, cache: places.data, metadata: places.metadata };
+    let device = DeviceFacts {
+        name: options.name.clone(),
+        uri,
+        policy,
+        source: facts,
+        cache: places.data,
+        metadata: places.metadata,
+    };
     let meters = Meters { source: source_stats, serve: frontend.stats().clone() };
     let handler = Arc::new(DaemonHandler::new(core.clone(), device, meters, fetch.verifier(), wishes));
     ControlServer::start(control, handler.clone())
@@ -74,9 +82,15 @@ pub(super) fn start(options: &DaemonOptions, run_dir: &RunDir, wishes: Sender<Wi
 
 type Up = (Arc<Core>, NbdFrontend, FetchThread, CommitThread, SourceFacts, crate::remote::SourceStats);
 
-fn start_on(options: &DaemonOptions, run_dir: &RunDir, places: &Places, listener: Listener) -> Result<Up, DaemonError> {
+fn start_on(
+    options: &DaemonOptions,
+    run_dir: &RunDir,
+    places: &Places,
+    policy: &LossPolicy,
+    listener: Listener,
+) -> Result<Up, DaemonError> {
     let known = peek(&places.metadata)?;
-    let (fetch, hello) = open_source(options, known.as_ref())?;
+    let (fetch, hello) = open_source(options, known.as_ref(), policy)?;
     let facts = facts_of(options, known.as_ref(), hello.as_ref());
     let block_bytes = block_bytes(options, known.as_ref(), hello.as_ref())?;
     let cache = Cache::open(
@@ -113,13 +127,14 @@ fn start_on(options: &DaemonOptions, run_dir: &RunDir, places: &Places, listener
 fn open_source(
     options: &DaemonOptions,
     known: Option<&Superblock>,
+    policy: &LossPolicy,
 ) -> Result<(FetchThread, Option<SourceHello>), DaemonError> {
     let complete = known.is_some_and(|superblock| superblock.state == CacheState::Complete);
-    match FetchThread::start(Some(options.source.clone())) {
+    match FetchThread::start(Some(options.source.clone()), policy.clone()) {
         Ok(opened) => Ok(opened),
         Err(FetchThreadError::Dial(e)) if complete => {
             log::info!("the cache is complete, going on without its source ({e})");
-            Ok(FetchThread::start(None)?)
+            Ok(FetchThread::start(None, policy.clone())?)
         }
         Err(e) => Err(e.into()),
     }
