@@ -12,10 +12,9 @@ use indicatif::ProgressBar;
 
 use super::display;
 use crate::control::{RunDir, Status};
-use crate::daemon::{self, DaemonOptions, Observer};
+use crate::daemon::{self, DaemonOptions, Observer, OnLoss};
 use crate::device::Mode;
 use crate::nbd::Uri;
-use crate::remote::OnLoss;
 use crate::size::{ParseSizeError, parse_size};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]

@@ -24,7 +24,7 @@ use crate::control::{Detached, Entry, NameError, RunDir, RunDirError, Status};
 use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Mode};
 use crate::frontend::{FrontendError, NbdFrontend};
 use crate::nbd::Uri;
-use crate::remote::OnLoss;
+pub use crate::remote::OnLoss;
 use crate::uring::{BindError, UringError, require_io_uring};
 
 use handler::DaemonHandler;
