@@ -78,4 +78,5 @@ pub mod nbd;
 pub mod remote;
 pub mod server;
 pub mod size;
+pub mod ublk;
 pub mod uring;

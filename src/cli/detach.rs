@@ -4,6 +4,7 @@ use std::process::ExitCode;
 
 use super::display;
 use crate::control::{Client, ControlError, Detached, Request, RunDir};
+use crate::daemon;
 
 /// End a device
 ///
@@ -28,7 +29,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let run = RunDir::open()?;
     let mut client = match Client::connect(&run, &args.name) {
         Err(ControlError::NotRunning(name)) if args.force => {
-            if !run.forget(&name)? {
+            if !daemon::forget(&run, &name)? {
                 return Err(ControlError::NotRunning(name).into());
             }
             outln!("{name}: forgotten; its cache is as it was");

@@ -11,6 +11,7 @@ use crate::control::{Client, Request, RunDir, Status};
 /// List the devices of this host
 ///
 /// A device whose daemon was killed is listed as dead: attach its cache again, or forget it with `detach --force`.
+/// A block device (ublk) that is dead waits for another daemon: `recover` starts one.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// Print JSON
@@ -34,6 +35,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             .map(|(entry, status)| {
                 let state = status.as_ref().map_or(json!("dead"), |s| json!(s.state));
                 json!({ "name": entry.name, "state": state, "pid": entry.pid, "cache": entry.cache, "uri": entry.uri,
+                        "device": entry.ublk.as_ref().map(|_| &entry.uri),
                         "bytes": status.as_ref().map(|s| &s.bytes) })
             })
             .collect();
@@ -49,6 +51,14 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
                 let here = 100.0 * s.bytes.present as f64 / s.bytes.total as f64;
                 outln!("{}  {}  {here:.0}% here  {}", s.name, display::bytes(s.bytes.total), display::headline(&s));
                 outln!("    {}  cache {}", s.frontend.uri, s.cache.path);
+            }
+            None if entry.ublk.is_some() => {
+                outln!(
+                    "{0}  dead (its daemon was killed): {1} waits for `blkferry recover {0}`",
+                    entry.name,
+                    entry.uri
+                );
+                outln!("    cache {}", entry.cache.display());
             }
             None => outln!("{}  dead (its daemon was killed)  cache {}", entry.name, entry.cache.display()),
         }

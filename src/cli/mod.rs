@@ -10,10 +10,15 @@ mod detach;
 mod display;
 mod export;
 mod generate;
+mod launch;
 mod list;
+mod recover;
 mod set;
 mod status;
+mod target;
 mod verify;
+
+pub use target::run_target;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -50,6 +55,7 @@ enum Verb {
     Set(set::Args),
     Detach(detach::Args),
     Verify(verify::Args),
+    Recover(recover::Args),
     #[command(hide = true)]
     Generate(generate::Args),
 }
@@ -66,6 +72,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Verb::Set(args) => set::run(args),
         Verb::Detach(args) => detach::run(args),
         Verb::Verify(args) => verify::run(args),
+        Verb::Recover(args) => recover::run(args, cli.verbose),
         Verb::Generate(args) => generate::run(args),
     }
 }

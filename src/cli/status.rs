@@ -55,7 +55,11 @@ fn watch(client: &mut Client, mut status: Status) -> anyhow::Result<()> {
 fn print(s: &Status) -> anyhow::Result<()> {
     let bytes = display::bytes;
     outln!("{}: {}", s.name, display::headline(s));
-    outln!("  device    {} ({}, {} clients)", s.frontend.uri, bytes(s.bytes.total), s.frontend.clients);
+    let users = match s.frontend.kind.as_str() {
+        "ublk" => format!("{} queues of {}, {}", s.frontend.queues, s.frontend.depth, s.frontend.features.join(" ")),
+        _ => format!("{} clients", s.frontend.clients),
+    };
+    outln!("  device    {} ({}, {users})", s.frontend.uri, bytes(s.bytes.total));
     outln!("  cache     {}", s.cache.path);
     outln!("  here      {} ({} written here)", bytes(s.bytes.present), bytes(s.blocks.dirty * s.blocks.size_bytes));
     outln!("  absent    {}", bytes(s.bytes.absent));

@@ -17,7 +17,7 @@ mod status;
 
 pub use client::{Client, ControlError};
 pub use protocol::{Answer, Detached, Request};
-pub use rundir::{Claim, Entry, NameError, RunDir, RunDirError};
+pub use rundir::{Claim, Entry, NameError, RunDir, RunDirError, UblkEntry};
 pub use server::{ControlServer, Handler};
 pub use status::{
     BlockStatus, ByteStatus, CacheStatus, FrontendStatus, HydrateStatus, SourceStatus, State, Status, WireStatus,

@@ -1,8 +1,8 @@
 //! The directory where daemons leave their sockets, and the names that they go by.
 
 use std::fs::{self, File, OpenOptions, TryLockError};
-use std::io::{self, Write};
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::io;
+use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -58,6 +58,29 @@ pub struct Entry {
     pub control: PathBuf,
     /// Where the guest finds the device.
     pub uri: String,
+    /// If it is a ublk device: what it takes to take it over.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ublk: Option<UblkEntry>,
+}
+
+/// What another daemon needs to take over a ublk device.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UblkEntry {
+    /// The N of /dev/ublkbN.
+    pub id: u32,
+    /// A word that the driver keeps for us: is it still the same device?
+    pub mark: u64,
+    /// NBD URI of the source.
+    pub source: String,
+    /// Path of the metadata.
+    pub metadata: PathBuf,
+    /// How to hydrate.
+    pub hydrate: String,
+    /// What becomes of requests while the source is lost.
+    pub on_source_loss: String,
+    /// Known to ublksrv's `ublk`?
+    #[serde(default)]
+    pub ublksrv: bool,
 }
 
 /// The directory: `/run/blkferry`, or `$XDG_RUNTIME_DIR/blkferry` without root, or `$BLKFERRY_RUN_DIR`.
@@ -186,7 +209,12 @@ impl Claim {
     pub fn publish(&mut self, entry: &Entry) -> io::Result<()> {
         self.file.set_len(0)?;
         let json = serde_json::to_vec(entry).expect("plain data serializes");
-        self.file.write_all(&json)
+        self.file.write_all_at(&json, 0)
+    }
+
+    /// Who had the name before, if that one left an entry behind.
+    pub fn previous(&self) -> Option<Entry> {
+        fs::read(&self.path).ok().and_then(|text| serde_json::from_slice(&text).ok())
     }
 
     /// Gives the name back after a failure: the entry of a daemon that was killed stays, for the next attempt.
@@ -228,6 +256,7 @@ mod tests {
             cache: "/c".into(),
             control: run.control_socket("disk0"),
             uri: "nbd://x".into(),
+            ublk: None,
         };
         claim.publish(&entry).unwrap();
         assert_eq!(run.entries().unwrap(), [(entry.clone(), true)]);

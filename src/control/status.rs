@@ -52,10 +52,22 @@ pub struct Status {
 /// How the guest reaches the device.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct FrontendStatus {
-    /// `nbd`.
+    /// `nbd` or `ublk`.
     pub kind: String,
-    /// NBD URI.
+    /// Where the guest finds it: an NBD URI, or the path of the block device.
     pub uri: String,
+    /// Path of the block device, if it is one.
+    #[serde(default)]
+    pub device: Option<String>,
+    /// What the kernel's driver does for it.
+    #[serde(default)]
+    pub features: Vec<String>,
+    /// Hardware queues of the block device; 0 if it is none.
+    #[serde(default)]
+    pub queues: u16,
+    /// Tags of each.
+    #[serde(default)]
+    pub depth: u16,
     /// Clients connected.
     pub clients: u64,
     /// Reads answered from the cache alone.

@@ -17,12 +17,14 @@ use crate::control::{
 use crate::device::{Core, HydrationState, Mode, Verifier, VerifyProgress, VerifyReport};
 use crate::remote::{LossPolicy, OnLoss, OnLossError, SourceStats};
 use crate::server::ServeStats;
+use crate::ublk::DeviceInfo;
 
 /// What a device is, for as long as its daemon runs.
 pub(super) struct DeviceFacts {
     pub(super) name: String,
     pub(super) uri: String,
     pub(super) policy: LossPolicy,
+    pub(super) ublk: Option<DeviceInfo>,
     pub(super) source: SourceFacts,
     pub(super) cache: PathBuf,
     pub(super) metadata: PathBuf,
@@ -161,9 +163,14 @@ impl DaemonHandler {
 
     fn frontend(&self) -> FrontendStatus {
         let counters = &self.core.counters;
+        let ublk = self.device.ublk;
         FrontendStatus {
-            kind: "nbd".into(),
+            kind: if ublk.is_some() { "ublk" } else { "nbd" }.into(),
             uri: self.device.uri.clone(),
+            device: ublk.map(|_| self.device.uri.clone()),
+            features: ublk.map(|info| info.features.names()).unwrap_or_default(),
+            queues: ublk.map_or(0, |info| info.queues),
+            depth: ublk.map_or(0, |info| info.depth),
             clients: self.meters.serve.clients(),
             read_hits: counters.read_hits.load(Ordering::Relaxed),
             read_misses: counters.read_misses.load(Ordering::Relaxed),

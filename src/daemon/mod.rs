@@ -11,6 +11,8 @@ mod handler;
 mod rate;
 mod signals;
 mod start;
+mod ublk;
+mod ublksrv;
 
 use std::io;
 use std::path::PathBuf;
@@ -20,15 +22,17 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 
 use crate::cache::{MetadataError, OpenError};
-use crate::control::{Detached, Entry, NameError, RunDir, RunDirError, Status};
+use crate::control::{Detached, Entry, NameError, RunDir, RunDirError, Status, UblkEntry};
 use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Mode};
-use crate::frontend::{FrontendError, NbdFrontend};
+use crate::frontend::{Frontend, FrontendError, ShapeError};
 use crate::nbd::Uri;
 pub use crate::remote::OnLoss;
+use crate::ublk::{UblkError, prepare_process};
 use crate::uring::{BindError, UringError, require_io_uring};
 
 use handler::DaemonHandler;
 pub use signals::{SignalError, wait_for_stop_signal};
+pub use ublk::{UblkOptions, forget, recovery_of};
 
 /// Pace of the daemon's own housekeeping, and of progress displays.
 const TICK: Duration = Duration::from_millis(500);
@@ -54,6 +58,8 @@ pub struct DaemonOptions {
     pub block_bytes: Option<u64>,
     /// Go on although the live map of a killed daemon is gone.
     pub forget_unflushed: bool,
+    /// A block device instead of an NBD export.
+    pub ublk: Option<UblkOptions>,
     /// Make a new cache of a block device although something is on it.
     pub overwrite: bool,
 }
@@ -82,6 +88,45 @@ pub enum DaemonError {
     /// No frontend.
     #[error(transparent)]
     Frontend(#[from] FrontendError),
+    /// No block device.
+    #[error(transparent)]
+    Ublk(#[from] UblkError),
+    /// Not the shape of a block device.
+    #[error(transparent)]
+    Shape(#[from] ShapeError),
+    /// There is a device that waits for its daemon.
+    #[error(
+        "{name} is /dev/ublkb{id}, whose daemon was killed and which waits for another: take it over (`blkferry \
+         recover {name}`), or give it up (`blkferry detach --force {name}`)"
+    )]
+    Orphan {
+        /// Its name.
+        name: String,
+        /// The N of /dev/ublkbN.
+        id: u32,
+    },
+    /// An orphan cannot be removed.
+    #[error("/dev/ublkb{id} cannot be removed: {source}; is it still mounted or open? It goes away when it is not")]
+    Orphaned {
+        /// The N of /dev/ublkbN.
+        id: u32,
+        /// What the driver said.
+        source: UblkError,
+    },
+    /// Only ublk devices survive their daemon.
+    #[error("there is no dead ublk device named {0}; see `blkferry list`, or attach the cache again")]
+    NothingToRecover(String),
+    /// Its daemon is there.
+    #[error("the daemon of {0} is alive: there is nothing to recover")]
+    Alive(String),
+    /// The run directory's entry makes no sense.
+    #[error("what is written down about {name} cannot be used: {what}")]
+    Entry {
+        /// Name of the device.
+        name: String,
+        /// What is wrong.
+        what: String,
+    },
     /// No socket, for the guest or for control.
     #[error(transparent)]
     Bind(#[from] BindError),
@@ -127,30 +172,53 @@ enum Wish {
 pub fn run(options: &DaemonOptions, observer: &mut dyn Observer) -> Result<(), DaemonError> {
     require_io_uring()?;
     abort_on_panic();
+    if options.ublk.is_some() {
+        // While this is the only thread.
+        prepare_process().iter().for_each(|warning| log::warn!("{warning}"));
+    }
     let (wishes, wished) = crossbeam::channel::unbounded();
     let stop = wishes.clone();
     // Before any thread is started: they inherit the mask.
     wait_for_stop_signal(move || drop(stop.send(Wish::Stop)))?;
     let run_dir = RunDir::open()?;
     let mut claim = run_dir.claim(&options.name)?;
-    let started = start::start(options, &run_dir, wishes);
-    let daemon = match started {
+    let recovering = options.ublk.is_some_and(|ublk| ublk.recover.is_some());
+    if !recovering {
+        ublk::refuse_orphans(&run_dir, &claim, options)?;
+    }
+    let up = start::start(options, &run_dir, &mut claim, wishes).and_then(Daemon::go_live);
+    let daemon = match up {
         Ok(daemon) => daemon,
         Err(error) => {
+            // One that could not be taken over goes on waiting under its name.
+            if let Some(ublk) = claim.previous().and_then(|entry| entry.ublk).filter(|_| !recovering) {
+                ublk::withdraw(&ublk);
+            }
             claim.give_back();
             return Err(error);
         }
     };
     claim.publish(&daemon.entry).map_err(|e| DaemonError::Io("the run directory's entry", e))?;
-    if let Err(e) = observer.ready(&daemon.handler.snapshot()) {
+    if let Err(e) = daemon.tell_ublksrv().and_then(|()| observer.ready(&daemon.handler.snapshot())) {
+        let error = DaemonError::Io("cannot say that the device is ready", e);
+        if daemon.frontend.is_taken_over() {
+            // It has users, who wait for the next attempt.
+            return Err(error);
+        }
         // Whoever asked for it is gone, and nobody knows of it.
         let stopped = daemon.stop();
         claim.release();
-        return stopped.and(Err(DaemonError::Io("cannot say that the device is ready", e)));
+        return stopped.and(Err(error));
     }
-    let result = daemon.main_loop(&wished, observer);
-    claim.release();
-    result
+    match daemon.main_loop(&wished, observer) {
+        Ok(End::Left) => Ok(()),
+        // The device may still be there, and its name with it.
+        Err(DaemonError::Frontend(e)) => Err(e.into()),
+        other => {
+            claim.release();
+            other.map(drop)
+        }
+    }
 }
 
 /// A thread that panics must not leave a device that answers half of its requests: the process ends, as
@@ -163,26 +231,63 @@ fn abort_on_panic() {
     }));
 }
 
+/// How a daemon came to its end.
+enum End {
+    /// Nothing is left of the device but its cache.
+    Gone,
+    /// The block device is in use and waits for another daemon.
+    Left,
+}
+
 /// A device that is up.
 struct Daemon {
     core: Arc<Core>,
     handler: Arc<DaemonHandler>,
-    frontend: NbdFrontend,
+    frontend: Frontend,
     fetch: FetchThread,
     commit: CommitThread,
     entry: Entry,
 }
 
 impl Daemon {
-    fn main_loop(self, wished: &Receiver<Wish>, observer: &mut dyn Observer) -> Result<(), DaemonError> {
+    /// Lets the guest in; on failure nothing stays but a device that was to be taken over.
+    fn go_live(mut self) -> Result<Self, DaemonError> {
+        match self.frontend.go_live() {
+            Ok(()) => Ok(self),
+            Err(error) => {
+                if !self.frontend.is_taken_over() {
+                    self.stop().unwrap_or_else(|e| log::warn!("{e}"));
+                }
+                Err(error.into())
+            }
+        }
+    }
+
+    fn main_loop(self, wished: &Receiver<Wish>, observer: &mut dyn Observer) -> Result<End, DaemonError> {
         loop {
             match wished.recv_timeout(TICK) {
+                Err(RecvTimeoutError::Timeout) if self.frontend.has_ended() => {
+                    log::info!("the block device was stopped by somebody else");
+                    return self.stop().map(|()| End::Gone);
+                }
                 Err(RecvTimeoutError::Timeout) => observer.tick(&self.handler.sample()),
-                Err(RecvTimeoutError::Disconnected) | Ok(Wish::Stop) => return self.stop(),
+                Err(RecvTimeoutError::Disconnected) | Ok(Wish::Stop) => match self.frontend.close() {
+                    Ok(()) => return self.stop().map(|()| End::Gone),
+                    Err(e) if self.frontend.survives_daemon() => {
+                        log::warn!("{e}; requests wait until `blkferry recover {}`", self.entry.name);
+                        return Ok(End::Left);
+                    }
+                    Err(e) => log::warn!("{e}"),
+                },
                 Ok(Wish::Detach { incomplete, answer, answered }) => {
                     if !incomplete && !self.core.health.is_complete() && self.core.maps().absent_count() > 0 {
                         // Whoever asked waits for this.
                         let _ = answer.send(Err(self.handler.why_not_detached()));
+                        continue;
+                    }
+                    if let Err(e) = self.frontend.close() {
+                        // Whoever asked waits for this.
+                        let _ = answer.send(Err(e.to_string()));
                         continue;
                     }
                     let cache = self.handler.cache_path();
@@ -197,16 +302,29 @@ impl Daemon {
                     let _ = answer.send(said);
                     // The process ends when this returns; the client should have its answer before.
                     let _ = answered.recv_timeout(Duration::from_secs(5));
-                    return result;
+                    return result.map(|()| End::Gone);
                 }
             }
         }
     }
 
+    fn tell_ublksrv(&self) -> io::Result<()> {
+        match (&self.frontend, &self.entry.ublk) {
+            (Frontend::Ublk(ublk), Some(UblkEntry { ublksrv: true, .. })) => {
+                ublksrv::write(ublk.device().info(), self.core.geometry().size_bytes())
+            }
+            _ => Ok(()),
+        }
+    }
+
     fn stop(self) -> Result<(), DaemonError> {
-        self.frontend.stop();
+        // Queues that cannot be stopped may still write: then the cache is not called clean.
+        self.frontend.stop()?;
         self.fetch.stop();
         let result = self.commit.stop(&self.core).map_err(DaemonError::Unclean);
+        if let Some(ublk) = &self.entry.ublk {
+            ublk::withdraw(ublk);
+        }
         // Gone already is as good.
         let _ = std::fs::remove_file(&self.entry.control);
         result

@@ -8,17 +8,19 @@ use std::sync::Arc;
 use crossbeam::channel::Sender;
 
 use super::handler::{DaemonHandler, DeviceFacts, Meters};
-use super::{Daemon, DaemonError, DaemonOptions, Wish};
+use super::{Daemon, DaemonError, DaemonOptions, Wish, ublk};
 use crate::cache::{
     Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Superblock, default_metadata_path,
     peek,
 };
-use crate::control::{ControlServer, Entry, RunDir};
+use crate::control::{Claim, ControlServer, Entry, RunDir};
 use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Hydration, MAX_FETCH_BYTES, SourceHello};
 use crate::engine::{Engine, EngineConfig, Geometry};
-use crate::frontend::{NbdFrontend, Presentation};
+use crate::frontend::{Frontend, NbdFrontend, Presentation, UblkFrontend, UblkShape, logical_bytes};
 use crate::nbd::Address;
 use crate::remote::LossPolicy;
+use crate::server::ServeStats;
+use crate::ublk::Device;
 use crate::uring::{Listener, bind_private};
 
 /// Where everything of a device is, as absolute paths.
@@ -43,13 +45,61 @@ impl Places {
     }
 }
 
-pub(super) fn start(options: &DaemonOptions, run_dir: &RunDir, wishes: Sender<Wish>) -> Result<Daemon, DaemonError> {
+/// The way in for the guest, taken before anything else.
+enum Door {
+    Nbd(Listener),
+    Ublk(Device),
+}
+
+impl Door {
+    fn take(options: &DaemonOptions, places: &Places) -> Result<Self, DaemonError> {
+        match &options.ublk {
+            Some(ublk) => Ok(Self::Ublk(ublk.device()?)),
+            None => Ok(Self::Nbd(Listener::unix(&places.socket)?)),
+        }
+    }
+
+    /// What the guest is told.
+    fn uri(&self, places: &Places) -> String {
+        match self {
+            Self::Nbd(_) => Address::Unix(places.socket.clone()).uri("").to_string(),
+            Self::Ublk(device) => device.path().display().to_string(),
+        }
+    }
+}
+
+pub(super) fn start(
+    options: &DaemonOptions,
+    run_dir: &RunDir,
+    claim: &mut Claim,
+    wishes: Sender<Wish>,
+) -> Result<Daemon, DaemonError> {
     let places = Places::of(options, run_dir).map_err(|e| DaemonError::Io("the paths cannot be made absolute", e))?;
-    let listener = Listener::unix(&places.socket)?;
+    let door = Door::take(options, &places)?;
     let control = bind_private(&places.control)?;
+    let uri = door.uri(&places);
+    let mut entry = Entry {
+        name: options.name.clone(),
+        pid: std::process::id(),
+        cache: places.data.clone(),
+        control: places.control.clone(),
+        uri: uri.clone(),
+        ublk: None,
+    };
+    let mut info = None;
+    if let (Door::Ublk(device), Some(ublk)) = (&door, &options.ublk) {
+        info = Some(*device.info());
+        entry.ublk = Some(ublk.entry(options, device, &places.metadata));
+        if let Some(told) = &entry.ublk {
+            ublk::announce(told, &options.name)
+                .unwrap_or_else(|e| log::warn!("no link in /dev/blkferry: its name cannot be written down: {e}"));
+        }
+        // From here on a kill leaves something behind that only the entry tells of.
+        claim.publish(&entry).map_err(|e| DaemonError::Io("the run directory's entry", e))?;
+    }
     let policy = LossPolicy::new(options.on_source_loss);
-    let up = start_on(options, run_dir, &places, &policy, listener);
-    let (core, frontend, fetch, commit, facts, source_stats) = match up {
+    let up = start_on(options, run_dir, &places, &policy, door);
+    let (core, frontend, fetch, commit, facts, meters) = match up {
         Ok(up) => up,
         Err(error) => {
             // Gone already is as good.
@@ -57,42 +107,38 @@ pub(super) fn start(options: &DaemonOptions, run_dir: &RunDir, wishes: Sender<Wi
             return Err(error);
         }
     };
-    let uri = Address::Unix(places.socket).uri("").to_string();
-    let entry = Entry {
-        name: options.name.clone(),
-        pid: std::process::id(),
-        cache: places.data.clone(),
-        control: places.control,
-        uri: uri.clone(),
-    };
     let device = DeviceFacts {
         name: options.name.clone(),
         uri,
         policy,
+        ublk: info,
         source: facts,
         cache: places.data,
         metadata: places.metadata,
     };
-    let meters = Meters { source: source_stats, serve: frontend.stats().clone() };
     let handler = Arc::new(DaemonHandler::new(core.clone(), device, meters, fetch.verifier(), wishes));
     ControlServer::start(control, handler.clone())
         .map_err(|e| DaemonError::Io("cannot start the control thread", e))?;
     Ok(Daemon { core, handler, frontend, fetch, commit, entry })
 }
 
-type Up = (Arc<Core>, NbdFrontend, FetchThread, CommitThread, SourceFacts, crate::remote::SourceStats);
+type Up = (Arc<Core>, Frontend, FetchThread, CommitThread, SourceFacts, Meters);
 
 fn start_on(
     options: &DaemonOptions,
     run_dir: &RunDir,
     places: &Places,
     policy: &LossPolicy,
-    listener: Listener,
+    door: Door,
 ) -> Result<Up, DaemonError> {
     let known = peek(&places.metadata)?;
     let (fetch, hello) = open_source(options, known.as_ref(), policy)?;
     let facts = facts_of(options, known.as_ref(), hello.as_ref());
     let block_bytes = block_bytes(options, known.as_ref(), hello.as_ref())?;
+    let logical = options.ublk.map_or(Ok(0), |ublk| {
+        let unit = ublk.logical_bytes.unwrap_or_else(|| hello.as_ref().map_or(1, |h| h.min_read_bytes));
+        logical_bytes(facts.size_bytes, unit)
+    })?;
     let cache = Cache::open(
         &CacheOptions {
             data: places.data.clone(),
@@ -111,16 +157,35 @@ fn start_on(
     };
     let engine = Engine::new(cache.maps.clone(), config);
     let (commits, requests) = crossbeam::channel::unbounded();
-    let core = Arc::new(Core::new(engine, 1, fetch.mailbox(), commits, Hydration::new(options.hydrate)));
+    let queues = if let Door::Ublk(device) = &door { usize::from(device.info().queues) } else { 1 };
+    let core = Arc::new(Core::new(engine, queues, fetch.mailbox(), commits, Hydration::new(options.hydrate)));
     let commit = CommitThread::start(core.clone(), cache.store, requests);
     let commit = commit.map_err(|e| DaemonError::Io("cannot start the commit thread", e))?;
     let fast_zero = cache.data.punches_holes(core.geometry().size_bytes());
-    let presentation = Presentation { name: options.name.clone(), fast_zero };
     let file = cache.data.io().clone();
-    let frontend = NbdFrontend::start(core.clone(), file.clone(), listener, presentation)?;
+    let mut serve = ServeStats::default();
+    let frontend = match door {
+        Door::Nbd(listener) => {
+            let presentation = Presentation { name: options.name.clone(), fast_zero };
+            let nbd = NbdFrontend::start(core.clone(), file.clone(), listener, presentation)?;
+            serve = nbd.stats().clone();
+            Frontend::Nbd(nbd)
+        }
+        Door::Ublk(device) => {
+            let shape = UblkShape { logical_bytes: logical, fast_zero };
+            match UblkFrontend::start(&core, &file, device, shape) {
+                Ok(ublk) => Frontend::Ublk(ublk),
+                Err(error) => {
+                    fetch.stop();
+                    commit.stop(&core).map_err(DaemonError::Unclean)?;
+                    return Err(error.into());
+                }
+            }
+        }
+    };
     fetch.begin(core.clone(), file);
-    let stats = hello.map(|h| h.stats).unwrap_or_default();
-    Ok((core, frontend, fetch, commit, facts, stats))
+    let source = hello.map(|h| h.stats).unwrap_or_default();
+    Ok((core, frontend, fetch, commit, facts, Meters { source, serve }))
 }
 
 /// Connects to the source; a complete cache goes on without one.

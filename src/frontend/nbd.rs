@@ -6,25 +6,15 @@ use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::Duration;
 
+use super::FrontendError;
 use crate::device::{Core, Queue};
 use crate::engine::{ByteRange, Errno};
 use crate::nbd::{DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, TransmissionFlags};
 use crate::server::{Disk, DiskExtent, ServeStats, Server};
-use crate::uring::{FileIo, Listener, Mailbox, Part, Reactor, UringError, spawn};
+use crate::uring::{FileIo, Listener, Mailbox, Part, Reactor, spawn};
 
 /// How long requests under way may take when the daemon stops; those that wait for a lost source are let go.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
-
-/// Why the frontend did not come up.
-#[derive(Debug, thiserror::Error)]
-pub enum FrontendError {
-    /// No ring.
-    #[error(transparent)]
-    Uring(#[from] UringError),
-    /// No thread.
-    #[error("cannot start the frontend thread: {0}")]
-    Thread(#[from] io::Error),
-}
 
 /// How the device shows itself.
 #[derive(Clone, Debug)]

@@ -16,6 +16,7 @@
 #![allow(unsafe_code)]
 
 mod budget;
+mod command;
 mod file;
 mod net;
 mod probe;
@@ -24,6 +25,7 @@ mod shared;
 mod stream;
 
 pub use budget::{Budget, Lent};
+pub use command::{CommandRing, command};
 pub use file::{FileExtent, FileIo, PAGE_BYTES, ZeroMode};
 pub use net::{BindError, Connection, Listener, Part, bind_private};
 pub use probe::{UringError, require_io_uring};

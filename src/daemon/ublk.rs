@@ -1,0 +1,135 @@
+//! What a ublk device asks of its daemon besides serving it: to be known again by whoever comes after.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use uuid::Uuid;
+
+use super::{DaemonError, DaemonOptions, ublksrv};
+use crate::control::{Claim, Entry, RunDir, UblkEntry};
+use crate::ublk::{self, Device, UblkError, Wanted};
+
+/// Where udev's rule looks for the name of /dev/ublkbN, in a file N, wherever the run directory is.
+const NAMES: &str = "/run/blkferry/ublk";
+
+/// How the block device is to be.
+#[derive(Clone, Copy, Debug)]
+pub struct UblkOptions {
+    /// The N of /dev/ublkbN.
+    pub id: Option<u32>,
+    /// Hardware queues.
+    pub queues: u16,
+    /// Tags of a queue.
+    pub depth: u16,
+    /// Logical block size, if not as the source has it.
+    pub logical_bytes: Option<u64>,
+    /// Made by ublksrv's `ublk`, which wants to know of it.
+    pub ublksrv: bool,
+    /// The device of a daemon that died: its id, and the mark by which it is known.
+    pub recover: Option<(u32, u64)>,
+}
+
+impl UblkOptions {
+    /// Makes the device, or takes it over.
+    pub(super) fn device(&self) -> Result<Device, UblkError> {
+        match self.recover {
+            Some((id, mark)) => Device::take_over(id, mark),
+            None => {
+                // The low half of the word is left to whoever else may use it.
+                let mark = (Uuid::new_v4().as_u128() as u64) << 32;
+                Device::add(&Wanted { id: self.id, queues: self.queues, depth: self.depth, mark })
+            }
+        }
+    }
+
+    /// What another daemon would need.
+    pub(super) fn entry(&self, options: &DaemonOptions, device: &Device, metadata: &Path) -> UblkEntry {
+        let info = device.info();
+        UblkEntry {
+            id: info.id,
+            mark: info.mark,
+            source: options.source.to_string(),
+            metadata: metadata.into(),
+            hydrate: options.hydrate.to_string(),
+            on_source_loss: options.on_source_loss.to_string(),
+            ublksrv: self.ublksrv,
+        }
+    }
+}
+
+/// An attach must not bury a device that waits for its daemon: under this name, or over this cache.
+pub(super) fn refuse_orphans(run_dir: &RunDir, claim: &Claim, options: &DaemonOptions) -> Result<(), DaemonError> {
+    let cache = std::path::absolute(&options.cache).unwrap_or_else(|_| options.cache.clone());
+    let dead = run_dir.entries().unwrap_or_default().into_iter().filter(|(_, alive)| !alive).map(|(entry, _)| entry);
+    let same_cache = dead.filter(|entry| entry.cache == cache);
+    for entry in claim.previous().into_iter().chain(same_cache) {
+        if let Some(ublk) = entry.ublk.as_ref().filter(|ublk| ublk::is_orphan(ublk.id, ublk.mark)) {
+            return Err(DaemonError::Orphan { name: entry.name, id: ublk.id });
+        }
+    }
+    Ok(())
+}
+
+/// What to run to take over the device of a daemon that died.
+pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, DaemonError> {
+    let entries = run_dir.entries().map_err(|e| DaemonError::Io("the run directory cannot be read", e))?;
+    let unknown = || DaemonError::NothingToRecover(name.into());
+    let (entry, alive) = entries.into_iter().find(|(entry, _)| entry.name == name).ok_or_else(unknown)?;
+    if alive {
+        return Err(DaemonError::Alive(name.into()));
+    }
+    let Entry { name, cache, ublk, .. } = entry;
+    let ublk = ublk.ok_or_else(unknown)?;
+    let damaged = |what: String| DaemonError::Entry { name: name.clone(), what };
+    Ok(DaemonOptions {
+        source: ublk.source.parse().map_err(|e| damaged(format!("{e}")))?,
+        cache,
+        metadata: Some(ublk.metadata),
+        hydrate: ublk.hydrate.parse().map_err(|e| damaged(format!("{e}")))?,
+        on_source_loss: ublk.on_source_loss.parse().map_err(|e| damaged(format!("{e}")))?,
+        socket: None,
+        block_bytes: None,
+        forget_unflushed: false,
+        overwrite: false,
+        ublk: Some(UblkOptions {
+            id: None,
+            queues: 0,
+            depth: 0,
+            logical_bytes: None,
+            ublksrv: ublk.ublksrv,
+            recover: Some((ublk.id, ublk.mark)),
+        }),
+        name,
+    })
+}
+
+/// Removes what a dead daemon left: its block device too.
+/// `Ok(false)`: there was nothing.
+pub fn forget(run_dir: &RunDir, name: &str) -> Result<bool, DaemonError> {
+    let entries = run_dir.entries().map_err(|e| DaemonError::Io("the run directory cannot be read", e))?;
+    let dead = entries.into_iter().find(|(entry, alive)| entry.name == name && !alive);
+    if let Some(ublk) = dead.and_then(|(entry, _)| entry.ublk) {
+        ublk::remove_orphan(ublk.id, ublk.mark).map_err(|e| DaemonError::Orphaned { id: ublk.id, source: e })?;
+        withdraw(&ublk);
+    }
+    Ok(run_dir.forget(name)?)
+}
+
+/// Writes the name down for udev, which makes it a link in /dev/blkferry when the device appears.
+pub(super) fn announce(ublk: &UblkEntry, name: &str) -> io::Result<()> {
+    let file = name_file(ublk.id);
+    std::fs::create_dir_all(NAMES)?;
+    std::fs::write(file, name)
+}
+
+/// Takes back what others were told of the device; gone already is as good.
+pub(super) fn withdraw(ublk: &UblkEntry) {
+    let _ = std::fs::remove_file(name_file(ublk.id));
+    if ublk.ublksrv {
+        ublksrv::remove(ublk.id);
+    }
+}
+
+fn name_file(id: u32) -> PathBuf {
+    Path::new(NAMES).join(id.to_string())
+}
