@@ -22,7 +22,7 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 
 use crate::cache::{MetadataError, OpenError};
-use crate::control::{Detached, Entry, NameError, RunDir, RunDirError, Status, UblkEntry};
+use crate::control::{Claim, Detached, Entry, NameError, RunDir, RunDirError, Status, UblkEntry};
 use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Mode};
 use crate::frontend::{Frontend, FrontendError, ShapeError};
 use crate::nbd::Uri;
@@ -210,12 +210,16 @@ pub fn run(options: &DaemonOptions, observer: &mut dyn Observer) -> Result<(), D
         claim.release();
         return stopped.and(Err(error));
     }
-    match daemon.main_loop(&wished, observer) {
+    let mut claim = Some(claim);
+    let end = daemon.main_loop(&wished, observer, &mut claim);
+    match end {
         Ok(End::Left) => Ok(()),
         // The device may still be there, and its name with it.
         Err(DaemonError::Frontend(e)) => Err(e.into()),
         other => {
-            claim.release();
+            if let Some(claim) = claim {
+                claim.release();
+            }
             other.map(drop)
         }
     }
@@ -263,7 +267,12 @@ impl Daemon {
         }
     }
 
-    fn main_loop(self, wished: &Receiver<Wish>, observer: &mut dyn Observer) -> Result<End, DaemonError> {
+    fn main_loop(
+        self,
+        wished: &Receiver<Wish>,
+        observer: &mut dyn Observer,
+        claim: &mut Option<Claim>,
+    ) -> Result<End, DaemonError> {
         loop {
             match wished.recv_timeout(TICK) {
                 Err(RecvTimeoutError::Timeout) if self.frontend.has_ended() => {
@@ -295,6 +304,12 @@ impl Daemon {
                     let result = self.stop();
                     let absent_bytes = handler::absent_bytes(&core);
                     let complete = core.health.is_complete();
+                    // Whoever has the answer may take the name at once.
+                    if !matches!(result, Err(DaemonError::Frontend(_)))
+                        && let Some(claim) = claim.take()
+                    {
+                        claim.release();
+                    }
                     let said = match &result {
                         Ok(()) => Ok(Detached { complete, cache, absent_bytes }),
                         Err(e) => Err(e.to_string()),
