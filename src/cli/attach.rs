@@ -6,7 +6,7 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 
 use super::launch::{Manner, launch};
-use crate::daemon::{DaemonOptions, UblkOptions};
+use crate::daemon::{DaemonOptions, OnLoss, UblkOptions};
 use crate::device::Mode;
 use crate::nbd::Uri;
 use crate::size::{ParseSizeError, parse_size};
@@ -60,6 +60,9 @@ pub(super) struct Args {
     /// Fetch in the background: auto, off, or at most RATE bytes a second (50M). Can be changed live with `set`
     #[arg(long, value_name = "auto|off|RATE", default_value = "auto")]
     hydrate: Mode,
+    /// While the source is lost, requests for absent blocks wait, or fail after DURATION (30s). Can be changed live
+    #[arg(long, value_name = "wait|fail-after:DURATION", default_value = "wait")]
+    on_source_loss: OnLoss,
     /// Block size of a new cache: a power of two from 4K to 1M [default: 4K]
     #[arg(long, value_name = "SIZE", value_parser = size)]
     block_size: Option<u64>,
@@ -115,6 +118,7 @@ fn options(args: &Args) -> DaemonOptions {
         name: args.name.clone().unwrap_or_else(|| name_of(&args.cache)),
         socket: args.socket.clone(),
         hydrate: args.hydrate,
+        on_source_loss: args.on_source_loss,
         block_bytes: args.block_size,
         forget_unflushed: args.forget_unflushed,
         ublk: wants_ublk.then_some(ublk),

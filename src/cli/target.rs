@@ -14,7 +14,7 @@ use clap::{Parser, Subcommand};
 
 use super::attach::name_of;
 use crate::control::{RunDir, Status};
-use crate::daemon::{self, DaemonOptions, Observer, UblkOptions};
+use crate::daemon::{self, DaemonOptions, Observer, OnLoss, UblkOptions};
 use crate::device::Mode;
 use crate::nbd::Uri;
 use crate::ublk::{self, MAX_DEPTH, MAX_QUEUES};
@@ -54,6 +54,9 @@ struct Add {
     /// Fetch in the background: auto, off, or at most RATE bytes a second
     #[arg(long, value_name = "auto|off|RATE", default_value = "auto")]
     hydrate: Mode,
+    /// While the source is lost, requests for absent blocks wait, or fail after DURATION (30s)
+    #[arg(long, value_name = "wait|fail-after:DURATION", default_value = "wait")]
+    on_source_loss: OnLoss,
     /// The N of /dev/ublkbN [default: the first that is free]
     #[arg(short, long, value_name = "N", allow_negative_numbers = true)]
     number: Option<i64>,
@@ -135,6 +138,7 @@ fn add_options(add: &Add) -> DaemonOptions {
         name: add.name.clone().unwrap_or_else(|| name_of(&add.file)),
         socket: None,
         hydrate: add.hydrate,
+        on_source_loss: add.on_source_loss,
         block_bytes: None,
         forget_unflushed: false,
         overwrite: false,

@@ -76,6 +76,8 @@ pub struct UblkEntry {
     pub metadata: PathBuf,
     /// How to hydrate.
     pub hydrate: String,
+    /// What becomes of requests while the source is lost.
+    pub on_source_loss: String,
     /// Known to ublksrv's `ublk`?
     #[serde(default)]
     pub ublksrv: bool,

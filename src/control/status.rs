@@ -93,6 +93,8 @@ pub struct SourceStatus {
     pub identity: String,
     /// Connections that are up.
     pub connections: u64,
+    /// What becomes of requests for absent blocks while it is lost: `wait`, `fail-after:30s`.
+    pub on_loss: String,
     /// Seconds since it was lost, if it is.
     pub lost_s: Option<f64>,
     /// Why it was lost.

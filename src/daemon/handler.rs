@@ -15,7 +15,7 @@ use crate::control::{
     Status, WireStatus,
 };
 use crate::device::{Core, HydrationState, Mode, Verifier, VerifyProgress, VerifyReport};
-use crate::remote::SourceStats;
+use crate::remote::{LossPolicy, OnLoss, OnLossError, SourceStats};
 use crate::server::ServeStats;
 use crate::ublk::DeviceInfo;
 
@@ -23,6 +23,7 @@ use crate::ublk::DeviceInfo;
 pub(super) struct DeviceFacts {
     pub(super) name: String,
     pub(super) uri: String,
+    pub(super) policy: LossPolicy,
     pub(super) ublk: Option<DeviceInfo>,
     pub(super) source: SourceFacts,
     pub(super) cache: PathBuf,
@@ -134,6 +135,7 @@ impl DaemonHandler {
                 uri: self.device.source.uri.clone(),
                 identity: self.device.source.identity.clone(),
                 connections: self.meters.source.links(),
+                on_loss: self.device.policy.get().to_string(),
                 lost_s: lost.as_ref().map(|(since, _)| since.as_secs_f64()),
                 lost_reason: lost.map(|(_, reason)| reason),
             },
@@ -210,9 +212,14 @@ impl Handler for DaemonHandler {
                 self.core.hydration.set_mode(mode);
                 Ok(mode.to_string())
             }
-            "on-source-loss" if value == "wait" => Ok("wait".into()),
-            "on-source-loss" => Err(format!("on-source-loss={value:?}: this version knows wait only")),
-            _ => Err(format!("there is no setting {key:?}; use hydrate=auto|off|RATE or on-source-loss=wait")),
+            "on-source-loss" => {
+                let policy: OnLoss = value.parse().map_err(|e: OnLossError| e.to_string())?;
+                self.device.policy.set(policy);
+                Ok(policy.to_string())
+            }
+            _ => Err(format!(
+                "there is no setting {key:?}; use hydrate=auto|off|RATE or on-source-loss=wait|fail-after:DURATION"
+            )),
         }
     }
 

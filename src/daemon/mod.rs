@@ -22,10 +22,11 @@ use std::time::Duration;
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 
 use crate::cache::{MetadataError, OpenError};
-use crate::control::{Detached, Entry, NameError, RunDir, RunDirError, Status, UblkEntry};
+use crate::control::{Claim, Detached, Entry, NameError, RunDir, RunDirError, Status, UblkEntry};
 use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Mode};
 use crate::frontend::{Frontend, FrontendError, ShapeError};
 use crate::nbd::Uri;
+pub use crate::remote::OnLoss;
 use crate::ublk::{UblkError, prepare_process};
 use crate::uring::{BindError, UringError, require_io_uring};
 
@@ -51,6 +52,8 @@ pub struct DaemonOptions {
     pub socket: Option<PathBuf>,
     /// How to hydrate.
     pub hydrate: Mode,
+    /// What becomes of requests while the source is lost.
+    pub on_source_loss: OnLoss,
     /// Block size of a new cache, in bytes.
     pub block_bytes: Option<u64>,
     /// Go on although the live map of a killed daemon is gone.
@@ -207,12 +210,16 @@ pub fn run(options: &DaemonOptions, observer: &mut dyn Observer) -> Result<(), D
         claim.release();
         return stopped.and(Err(error));
     }
-    match daemon.main_loop(&wished, observer) {
+    let mut claim = Some(claim);
+    let end = daemon.main_loop(&wished, observer, &mut claim);
+    match end {
         Ok(End::Left) => Ok(()),
         // The device may still be there, and its name with it.
         Err(DaemonError::Frontend(e)) => Err(e.into()),
         other => {
-            claim.release();
+            if let Some(claim) = claim {
+                claim.release();
+            }
             other.map(drop)
         }
     }
@@ -260,7 +267,12 @@ impl Daemon {
         }
     }
 
-    fn main_loop(mut self, wished: &Receiver<Wish>, observer: &mut dyn Observer) -> Result<End, DaemonError> {
+    fn main_loop(
+        mut self,
+        wished: &Receiver<Wish>,
+        observer: &mut dyn Observer,
+        claim: &mut Option<Claim>,
+    ) -> Result<End, DaemonError> {
         loop {
             match wished.recv_timeout(TICK) {
                 Err(RecvTimeoutError::Timeout) if self.frontend.notice_end() => {
@@ -292,6 +304,12 @@ impl Daemon {
                     let result = self.stop();
                     let absent_bytes = handler::absent_bytes(&core);
                     let complete = core.health.is_complete();
+                    // Whoever has the answer may take the name at once.
+                    if !matches!(result, Err(DaemonError::Frontend(_)))
+                        && let Some(claim) = claim.take()
+                    {
+                        claim.release();
+                    }
                     let said = match &result {
                         Ok(()) => Ok(Detached { complete, cache, absent_bytes }),
                         Err(e) => Err(e.to_string()),

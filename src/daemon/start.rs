@@ -18,6 +18,7 @@ use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Hydration
 use crate::engine::{Engine, EngineConfig, Geometry};
 use crate::frontend::{Frontend, NbdFrontend, Presentation, UblkFrontend, UblkShape, logical_bytes};
 use crate::nbd::Address;
+use crate::remote::LossPolicy;
 use crate::server::ServeStats;
 use crate::ublk::Device;
 use crate::uring::{Listener, bind_private};
@@ -96,7 +97,8 @@ pub(super) fn start(
         // From here on a kill leaves something behind that only the entry tells of.
         claim.publish(&entry).map_err(|e| DaemonError::Io("the run directory's entry", e))?;
     }
-    let up = start_on(options, run_dir, &places, door);
+    let policy = LossPolicy::new(options.on_source_loss);
+    let up = start_on(options, run_dir, &places, &policy, door);
     let (core, frontend, fetch, commit, facts, meters) = match up {
         Ok(up) => up,
         Err(error) => {
@@ -108,6 +110,7 @@ pub(super) fn start(
     let device = DeviceFacts {
         name: options.name.clone(),
         uri,
+        policy,
         ublk: info,
         source: facts,
         cache: places.data,
@@ -121,9 +124,15 @@ pub(super) fn start(
 
 type Up = (Arc<Core>, Frontend, FetchThread, CommitThread, SourceFacts, Meters);
 
-fn start_on(options: &DaemonOptions, run_dir: &RunDir, places: &Places, door: Door) -> Result<Up, DaemonError> {
+fn start_on(
+    options: &DaemonOptions,
+    run_dir: &RunDir,
+    places: &Places,
+    policy: &LossPolicy,
+    door: Door,
+) -> Result<Up, DaemonError> {
     let known = peek(&places.metadata)?;
-    let (fetch, hello) = open_source(options, known.as_ref())?;
+    let (fetch, hello) = open_source(options, known.as_ref(), policy)?;
     let facts = facts_of(options, known.as_ref(), hello.as_ref());
     let block_bytes = block_bytes(options, known.as_ref(), hello.as_ref())?;
     let logical = options.ublk.map_or(Ok(0), |ublk| {
@@ -183,13 +192,14 @@ fn start_on(options: &DaemonOptions, run_dir: &RunDir, places: &Places, door: Do
 fn open_source(
     options: &DaemonOptions,
     known: Option<&Superblock>,
+    policy: &LossPolicy,
 ) -> Result<(FetchThread, Option<SourceHello>), DaemonError> {
     let complete = known.is_some_and(|superblock| superblock.state == CacheState::Complete);
-    match FetchThread::start(Some(options.source.clone())) {
+    match FetchThread::start(Some(options.source.clone()), policy.clone()) {
         Ok(opened) => Ok(opened),
         Err(FetchThreadError::Dial(e)) if complete => {
             log::info!("the cache is complete, going on without its source ({e})");
-            Ok(FetchThread::start(None)?)
+            Ok(FetchThread::start(None, policy.clone())?)
         }
         Err(e) => Err(e.into()),
     }

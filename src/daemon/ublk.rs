@@ -51,6 +51,7 @@ impl UblkOptions {
             source: options.source.to_string(),
             metadata: metadata.into(),
             hydrate: options.hydrate.to_string(),
+            on_source_loss: options.on_source_loss.to_string(),
             ublksrv: self.ublksrv,
         }
     }
@@ -85,6 +86,7 @@ pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, Daemon
         cache,
         metadata: Some(ublk.metadata),
         hydrate: ublk.hydrate.parse().map_err(|e| damaged(format!("{e}")))?,
+        on_source_loss: ublk.on_source_loss.parse().map_err(|e| damaged(format!("{e}")))?,
         socket: None,
         block_bytes: None,
         forget_unflushed: false,

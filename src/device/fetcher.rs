@@ -12,9 +12,9 @@ use crossbeam::channel::Sender;
 use super::core::Core;
 use super::messages::FetchRequest;
 use super::verify::{Verifier, verify};
-use crate::engine::{BlockRun, ByteRange, Errno, Event, Extent, FetchId, Lane};
+use crate::engine::{BlockRun, ByteRange, Errno, Event, Extent, FetchError, FetchId, Lane};
 use crate::nbd::Uri;
-use crate::remote::{DialError, FetchedData, Lost, Source, SourceEvents, SourceStats};
+use crate::remote::{DialError, FetchedData, LossPolicy, Lost, Source, SourceEvents, SourceStats};
 use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, UringError, ZeroMode, spawn};
 
 /// Most bytes that one fetch asks for.
@@ -70,7 +70,7 @@ pub struct FetchThread {
 
 impl FetchThread {
     /// Starts the thread and connects to the source. Without one (a complete cache) it only verifies.
-    pub fn start(source: Option<Uri>) -> Result<(Self, Option<SourceHello>), FetchThreadError> {
+    pub fn start(source: Option<Uri>, policy: LossPolicy) -> Result<(Self, Option<SourceHello>), FetchThreadError> {
         let mailbox = Mailbox::default();
         let requests = mailbox.clone();
         let (said, hello) = crossbeam::channel::bounded(1);
@@ -79,7 +79,7 @@ impl FetchThread {
                 Ok(reactor) => reactor,
                 Err(e) => return drop(said.send(Err(e.into()))),
             };
-            reactor.block_on(fetch_main(source, requests, said)).expect("a ring that worked goes on working");
+            reactor.block_on(fetch_main(source, policy, requests, said)).expect("a ring that worked goes on working");
         };
         let handle = std::thread::Builder::new().name("fetch".into()).spawn(run)?;
         let hello = hello.recv().unwrap_or_else(|_| Err(io::Error::other("it ended at once").into()))?;
@@ -110,10 +110,10 @@ impl FetchThread {
 
 type Said = Sender<Result<Option<SourceHello>, FetchThreadError>>;
 
-async fn fetch_main(uri: Option<Uri>, requests: Mailbox<FetchRequest>, said: Said) {
+async fn fetch_main(uri: Option<Uri>, policy: LossPolicy, requests: Mailbox<FetchRequest>, said: Said) {
     let source = match uri {
         None => None,
-        Some(uri) => match Source::open(uri).await {
+        Some(uri) => match Source::open(uri, policy).await {
             Ok(source) => Some(source),
             Err(e) => return drop(said.send(Err(e.into()))),
         },
@@ -250,11 +250,11 @@ impl Fetcher {
                 && let Err(e) = this.make_room(range).await
             {
                 *this.trouble.borrow_mut() = Some(format!("cache: no room for what is to be fetched: {e}"));
-                return this.core.apply(Event::NoRoom { fetch });
+                return this.core.apply(Event::Fetched { fetch, result: Err(FetchError::NoRoom) });
             }
             let result = match this.source() {
                 Some(source) => source.read(range, lane).await,
-                None => Err(Errno::EIO),
+                None => Err(FetchError::Unreachable),
             };
             let mut actions = Vec::new();
             match result {
@@ -266,9 +266,15 @@ impl Fetcher {
                     this.core.apply_into(Event::Fetched { fetch, result: Ok(()) }, &mut actions);
                     this.core.route(actions, Some(&data));
                 }
-                Err(errno) => {
-                    this.could_not_read(run, lane, errno);
-                    this.core.apply_into(Event::Fetched { fetch, result: Err(errno) }, &mut actions);
+                Err(error) => {
+                    match error {
+                        FetchError::Refused(errno) => this.could_not_read(run, lane, errno),
+                        FetchError::Unreachable | FetchError::NoRoom if lane == Lane::Bulk => {
+                            *this.trouble.borrow_mut() = Some("the source is lost".into());
+                        }
+                        FetchError::Unreachable | FetchError::NoRoom => {}
+                    }
+                    this.core.apply_into(Event::Fetched { fetch, result: Err(error) }, &mut actions);
                     this.core.route(actions, None);
                 }
             }

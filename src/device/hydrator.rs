@@ -96,7 +96,8 @@ impl Fetcher {
         }
     }
 
-    /// The source is no longer needed: close its connections, so that it may be switched off unnoticed.
+    /// The source is no longer needed: close its connections, so that it may be switched off unnoticed. Reads that wait
+    /// for it began before the guest wrote their blocks; they end as unreachable, and find them in the cache.
     fn hang_up(&self) {
         if let Some(source) = self.source.borrow_mut().take() {
             source.hang_up();

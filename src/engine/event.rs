@@ -35,6 +35,27 @@ impl From<&std::io::Error> for Errno {
     }
 }
 
+/// Why the data of a fetch does not come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FetchError {
+    /// The source's own answer: it cannot read this.
+    Refused(Errno),
+    /// The source is lost, and has been for longer than whoever waits is to wait.
+    Unreachable,
+    /// Of hydration: the cache has no room for the data, and the source was not asked.
+    NoRoom,
+}
+
+impl fmt::Display for FetchError {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Refused(errno) => write!(f, "{errno}"),
+            Self::Unreachable => f.write_str("the source is lost"),
+            Self::NoRoom => f.write_str("no room in the cache"),
+        }
+    }
+}
+
 /// What a guest wants done with a range.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OpKind {
@@ -111,12 +132,7 @@ pub enum Event {
         /// Which.
         fetch: FetchId,
         /// How it ended.
-        result: Result<(), Errno>,
-    },
-    /// A fetch for hydration was given up before the source was asked: the cache has no room for the data.
-    NoRoom {
-        /// Which.
-        fetch: FetchId,
+        result: Result<(), FetchError>,
     },
     /// A Store or StoreZero was carried out.
     Stored {

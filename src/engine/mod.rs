@@ -23,7 +23,7 @@ mod maps;
 mod ops;
 mod state;
 
-pub use event::{Action, Errno, Event, Lane, OpId, OpKind};
+pub use event::{Action, Errno, Event, FetchError, Lane, OpId, OpKind};
 pub use geometry::{BlockRun, ByteRange, Geometry, GeometryError, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES};
 pub use hydrate::Extent;
 pub use inflight::{FetchId, IoId};

@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use super::event::{Action, Errno, Event, Lane, OpId, OpKind};
+use super::event::{Action, Errno, Event, FetchError, Lane, OpId, OpKind};
 use super::geometry::{BlockRun, ByteRange};
 use super::hydrate::{Next, Planner};
 use super::inflight::{FetchId, Inflight, IoId, Owner};
@@ -42,6 +42,13 @@ struct Fetch {
     after: Vec<Segment>,
     stores: usize,
     store_error: Option<Errno>,
+}
+
+impl Fetch {
+    /// Everybody who waits for it.
+    fn waiting(self) -> impl Iterator<Item = Segment> {
+        self.readers.into_iter().chain(self.after)
+    }
 }
 
 struct LocalIo {
@@ -119,8 +126,7 @@ impl Engine {
             Event::Flush { op } => self.flush(op, out),
             Event::LocalDone { io, result } => self.local_done(io, result, out),
             Event::Fetched { fetch, result: Ok(()) } => self.fetched(fetch, out),
-            Event::Fetched { fetch, result: Err(errno) } => self.fetch_failed(fetch, errno, out),
-            Event::NoRoom { fetch } => self.no_room(fetch, out),
+            Event::Fetched { fetch, result: Err(error) } => self.fetch_failed(fetch, error, out),
             Event::Stored { fetch, run, result } => self.stored(fetch, run, result, out),
             Event::Hydrate => self.hydrate(out),
             Event::Extents { extents } => self.planner.answer(self.maps.geometry(), &extents),
@@ -342,38 +348,37 @@ impl Engine {
         }
     }
 
-    fn fetch_failed(&mut self, id: FetchId, errno: Errno, out: &mut Vec<Action>) {
-        let Fetch { run, lane, readers, after, .. } = self.fetches.remove(&id).expect("a fetch ends once");
-        let absent = self.inflight.owned(run, Owner::Wire(id));
+    fn fetch_failed(&mut self, id: FetchId, error: FetchError, out: &mut Vec<Action>) {
+        let fetch = self.fetches.remove(&id).expect("a fetch ends once");
+        let absent = self.inflight.owned(fetch.run, Owner::Wire(id));
         absent.iter().for_each(|part| self.inflight.free(*part));
         out.push(Action::Release { fetch: id });
-        if run.len() > 1 && !absent.is_empty() {
-            // A bad block costs that block only: each half is asked for again, down to the block that is bad.
-            let lane = if readers.is_empty() && after.is_empty() { lane } else { Lane::Demand };
-            let middle = run.start + run.len() / 2;
-            for half in [BlockRun::new(run.start, middle), BlockRun::new(middle, run.end)] {
-                for part in absent.iter().map(|part| part.clip(half)).filter(|part| !part.is_empty()) {
-                    self.start_fetch(part, lane, out);
+        match error {
+            FetchError::Refused(_) if fetch.run.len() > 1 && !absent.is_empty() => self.halve(fetch, &absent, out),
+            // Whoever came to wait for it meanwhile is served by a fetch on demand: that needs no room.
+            FetchError::NoRoom => fetch.waiting().for_each(|segment| self.start(segment, out)),
+            FetchError::Refused(_) | FetchError::Unreachable => {
+                if fetch.lane == Lane::Bulk {
+                    self.planner.failed();
                 }
+                let errno = if let FetchError::Refused(errno) = error { errno } else { Errno::EIO };
+                fetch.waiting().for_each(|segment| self.fail_or_start(segment, errno, out));
             }
-            // They find the new fetches, or that their blocks have come in another way.
-            readers.into_iter().chain(after).for_each(|segment| self.start(segment, out));
-            return;
-        }
-        if lane == Lane::Bulk {
-            self.planner.failed();
-        }
-        for segment in readers.into_iter().chain(after) {
-            self.fail_or_start(segment, errno, out);
         }
     }
 
-    /// Whoever came to wait for it meanwhile is served by a fetch on demand: that needs no room.
-    fn no_room(&mut self, id: FetchId, out: &mut Vec<Action>) {
-        let fetch = self.fetches.remove(&id).expect("a fetch ends once");
-        self.inflight.owned(fetch.run, Owner::Wire(id)).into_iter().for_each(|part| self.inflight.free(part));
-        out.push(Action::Release { fetch: id });
-        fetch.readers.into_iter().chain(fetch.after).for_each(|segment| self.start(segment, out));
+    /// A bad block costs that block only: each half of a fetch is asked for again, down to the block that is bad.
+    fn halve(&mut self, fetch: Fetch, absent: &[BlockRun], out: &mut Vec<Action>) {
+        let nobody_waits = fetch.readers.is_empty() && fetch.after.is_empty();
+        let lane = if nobody_waits { fetch.lane } else { Lane::Demand };
+        let middle = fetch.run.start + fetch.run.len() / 2;
+        for half in [BlockRun::new(fetch.run.start, middle), BlockRun::new(middle, fetch.run.end)] {
+            for part in absent.iter().map(|part| part.clip(half)).filter(|part| !part.is_empty()) {
+                self.start_fetch(part, lane, out);
+            }
+        }
+        // They find the new fetches, or that their blocks have come in another way.
+        fetch.waiting().for_each(|segment| self.start(segment, out));
     }
 
     fn stored(&mut self, id: FetchId, run: BlockRun, result: Result<(), Errno>, out: &mut Vec<Action>) {

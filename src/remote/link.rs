@@ -80,6 +80,8 @@ struct Inner {
     alive: Cell<bool>,
     died: Event,
     last_heard: Cell<Instant>,
+    /// Given up because nothing was heard.
+    silent_since: Cell<Option<Instant>>,
     stats: SourceStats,
 }
 
@@ -96,6 +98,7 @@ impl Link {
             alive: Cell::new(true),
             died: Event::new(),
             last_heard: Cell::new(Instant::now()),
+            silent_since: Cell::new(None),
             stats,
         });
         let link = Self { inner };
@@ -135,6 +138,22 @@ impl Link {
                 died.await;
             }
         }
+    }
+
+    /// Gives up a link whose source says nothing: it counts as lost since then.
+    pub(super) fn close_silent(&self, since: Instant) {
+        self.inner.silent_since.set(Some(since));
+        self.close();
+    }
+
+    /// Has it been heard after this?
+    pub(super) fn heard_after(&self, when: Instant) -> bool {
+        self.inner.last_heard.get() > when
+    }
+
+    /// Since when it counts as lost: see [`Link::close_silent`], else now.
+    pub(super) fn lost_since(&self) -> Instant {
+        self.inner.silent_since.get().unwrap_or_else(Instant::now)
     }
 
     /// Gives the link up; its requests end with [`LinkError::Lost`].

@@ -13,11 +13,13 @@
 
 mod dial;
 mod link;
+mod policy;
 mod read;
 mod source;
 mod stats;
 
 pub use dial::DialError;
+pub use policy::{LossPolicy, OnLoss, OnLossError};
 pub use read::FetchedData;
 pub use source::{Lost, Source, SourceEvents};
 pub use stats::SourceStats;
@@ -34,3 +36,7 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 const SHORT_LIFE: Duration = Duration::from_secs(5);
 /// A source that says nothing for so long while requests wait is taken for dead.
 const SILENCE: Duration = Duration::from_secs(30);
+/// The same, if requests are to fail sooner than that: no less, since a busy source may need a moment.
+const MIN_SILENCE: Duration = Duration::from_secs(2);
+/// Pace at which silence and the patience of requests are looked after.
+const WATCH_PERIOD: Duration = Duration::from_millis(200);

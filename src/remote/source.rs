@@ -10,10 +10,11 @@ use futures_util::future::{Either, select, try_join_all};
 
 use super::dial::{DialError, dial};
 use super::link::{Link, LinkError};
+use super::policy::{LossPolicy, OnLoss};
 use super::read::FetchedData;
 use super::stats::SourceStats;
-use super::{BACKOFF, BULK_LINKS, CONNECT_TIMEOUT, SHORT_LIFE, SILENCE};
-use crate::engine::{ByteRange, Errno, Extent, Lane};
+use super::{BACKOFF, BULK_LINKS, CONNECT_TIMEOUT, MIN_SILENCE, SHORT_LIFE, SILENCE, WATCH_PERIOD};
+use crate::engine::{ByteRange, Errno, Extent, FetchError, Lane};
 use crate::identity::{IdentityHasher, sample_ranges};
 use crate::nbd::{TransmissionFlags, Uri};
 use crate::uring::{Task, sleep, spawn};
@@ -51,12 +52,16 @@ struct Shared {
     /// The source was asked for a connection for hydration and did not give one: it shares the demand link then.
     bulk_refused: Cell<bool>,
     events: RefCell<Option<Rc<dyn SourceEvents>>>,
-    is_lost: Cell<bool>,
+    /// Since when no link has been left.
+    lost_since: Cell<Option<Instant>>,
+    policy: LossPolicy,
+    /// Nobody wants links any more.
+    hung_up: Cell<bool>,
 }
 
 impl Source {
     /// Connects for the first time and learns what the source is.
-    pub async fn open(uri: Uri) -> Result<Self, DialError> {
+    pub async fn open(uri: Uri, policy: LossPolicy) -> Result<Self, DialError> {
         let stats = SourceStats::default();
         let link = Link::start(dial(&uri).await?, stats.clone());
         let Some(identified) = identify_in_time(&link).await else {
@@ -85,10 +90,12 @@ impl Source {
             // Until somebody keeps links up, the first one is all there is.
             bulk_refused: Cell::new(true),
             events: RefCell::new(None),
-            is_lost: Cell::new(false),
+            lost_since: Cell::new(None),
+            policy,
+            hung_up: Cell::new(false),
         });
         shared.set(0, Some(link));
-        let silence = spawn(watch_silence(shared.clone()));
+        let silence = spawn(watch(shared.clone()));
         Ok(Self { shared, tasks: RefCell::new(vec![silence]) })
     }
 
@@ -112,15 +119,17 @@ impl Source {
         tasks.extend((0..slots).map(|slot| spawn(keep_link(self.shared.clone(), slot))));
     }
 
-    /// Closes all links for good.
+    /// Closes all links for good. Reads that are still under way end as [`FetchError::Unreachable`].
     pub fn hang_up(&self) {
         self.tasks.borrow_mut().clear();
+        self.shared.hung_up.set(true);
         for slot in self.shared.slots.borrow_mut().iter_mut() {
             if let Some(link) = slot.take() {
                 link.close();
             }
         }
         self.shared.stats.set_links(0);
+        self.shared.link_up.notify(usize::MAX);
     }
 
     /// Where it is.
@@ -170,9 +179,9 @@ impl Source {
         self.shared.slots.borrow().iter().flatten().any(can)
     }
 
-    /// Reads a range; waits for the source as long as it takes. An error is the source's own answer.
-    /// What is more than the source answers at once is asked for in pieces.
-    pub async fn read(&self, range: ByteRange, lane: Lane) -> Result<FetchedData, Errno> {
+    /// Reads a range; waits for the source as long as the policy says. What is more than the source answers at once
+    /// is asked for in pieces.
+    pub async fn read(&self, range: ByteRange, lane: Lane) -> Result<FetchedData, FetchError> {
         let max_bytes = self.max_read_bytes();
         if range.len() <= max_bytes {
             return self.read_once(range, lane).await;
@@ -183,20 +192,28 @@ impl Source {
         Ok(FetchedData::join(range, &pieces))
     }
 
-    async fn read_once(&self, range: ByteRange, lane: Lane) -> Result<FetchedData, Errno> {
+    async fn read_once(&self, range: ByteRange, lane: Lane) -> Result<FetchedData, FetchError> {
         loop {
-            match self.shared.link(lane).await.read(range).await {
+            let link = self.shared.link_in_time(lane).await.ok_or(FetchError::Unreachable)?;
+            match link.read(range).await {
                 Ok(data) => return Ok(data),
-                Err(LinkError::Refused(errno)) => return Err(errno),
+                Err(LinkError::Refused(errno)) => return Err(FetchError::Refused(errno)),
                 Err(LinkError::Lost) => {}
             }
         }
     }
 
-    /// Holes and zeros of a range. Empty: the source cannot say.
+    /// Holes and zeros of a range. Empty: the source cannot say. Hydration waits for the answer as long as it takes.
     pub async fn extents(&self, range: ByteRange, lane: Lane) -> Vec<Extent> {
         loop {
-            match self.shared.link(lane).await.extents(range).await {
+            let link = match lane {
+                Lane::Bulk => self.shared.link(lane).await,
+                Lane::Demand => match self.shared.link_in_time(lane).await {
+                    Some(link) => link,
+                    None => return Vec::new(),
+                },
+            };
+            match link.extents(range).await {
                 Ok(extents) => return extents,
                 Err(LinkError::Refused(_)) => return Vec::new(),
                 Err(LinkError::Lost) => {}
@@ -223,7 +240,7 @@ impl Shared {
         self.stats.set_links(up);
         if up > 0 {
             self.link_up.notify(usize::MAX);
-            if self.is_lost.replace(false)
+            if self.lost_since.take().is_some()
                 && let Some(events) = &*self.events.borrow()
             {
                 events.found();
@@ -231,9 +248,12 @@ impl Shared {
         }
     }
 
-    fn report_lost(&self, reason: String) {
+    /// `since`: when it was heard last, or when the loss was noticed.
+    fn report_lost(&self, reason: String, since: Instant) {
         if self.stats.links() == 0 {
-            self.is_lost.set(true);
+            if self.lost_since.get().is_none() {
+                self.lost_since.set(Some(since));
+            }
             if let Some(events) = &*self.events.borrow() {
                 events.lost(Lost { reason });
             }
@@ -246,6 +266,29 @@ impl Shared {
             let up = self.link_up.listen();
             if let Some(link) = self.pick(lane) {
                 return link;
+            }
+            up.await;
+        }
+    }
+
+    /// Has it been lost for longer than requests are to wait?
+    fn is_given_up(&self) -> bool {
+        let too_long = |since: Instant| match self.policy.get() {
+            OnLoss::Wait => false,
+            OnLoss::FailAfter(patience) => since.elapsed() >= patience,
+        };
+        self.hung_up.get() || self.lost_since.get().is_some_and(too_long)
+    }
+
+    /// The same; `None` when the source has been lost for too long.
+    async fn link_in_time(&self, lane: Lane) -> Option<Link> {
+        loop {
+            let up = self.link_up.listen();
+            if let Some(link) = self.pick(lane) {
+                return Some(link);
+            }
+            if self.is_given_up() {
+                return None;
             }
             up.await;
         }
@@ -308,7 +351,7 @@ async fn keep_link(shared: Rc<Shared>, slot: usize) {
             link.dead().await;
             shared.set(slot, None);
             log::warn!("source {}: connection {slot} lost", shared.uri);
-            shared.report_lost("the connection was lost".into());
+            shared.report_lost("the connection was lost".into(), link.lost_since());
             is_first = false;
             if since.elapsed() < SHORT_LIFE {
                 sleep(pause + jitter(pause)).await;
@@ -329,7 +372,7 @@ async fn keep_link(shared: Rc<Shared>, slot: usize) {
                 is_first = false;
                 shared.bulk_refused.set(true);
                 shared.link_up.notify(usize::MAX);
-                shared.report_lost(reason);
+                shared.report_lost(reason, Instant::now());
             }
         }
         sleep(pause + jitter(pause)).await;
@@ -374,15 +417,33 @@ fn jitter(pause: Duration) -> Duration {
     pause.mul_f64(f64::from(seed % 1000) / 2000.0)
 }
 
-/// Closes links whose source has fallen silent with requests under way.
-async fn watch_silence(shared: Rc<Shared>) {
+/// Closes links whose source has fallen silent with requests under way, and ends the patience of those who wait for
+/// a source that is lost.
+async fn watch(shared: Rc<Shared>) {
+    let mut was_given_up = false;
     loop {
-        sleep(Duration::from_secs(1)).await;
-        for link in shared.slots.borrow().iter().flatten() {
-            if link.is_alive() && link.silent_since().is_some_and(|since| since.elapsed() > SILENCE) {
-                log::warn!("source {}: no answer for {} s, connection given up", shared.uri, SILENCE.as_secs());
-                link.close();
-            }
+        sleep(WATCH_PERIOD).await;
+        let patience = match shared.policy.get() {
+            OnLoss::Wait => None,
+            OnLoss::FailAfter(patience) => Some(patience),
+        };
+        // Who is to fail soon must not wait for long to find out.
+        let silence = patience.map_or(SILENCE, |patience| SILENCE.min(patience.max(MIN_SILENCE)));
+        let slots = shared.slots.borrow();
+        let alive = || slots.iter().flatten().filter(|link| link.is_alive());
+        let silent = alive().filter_map(Link::silent_since).filter(|since| since.elapsed() > silence).min();
+        if let Some(since) = silent {
+            log::warn!("source {}: no answer for {} s, connections given up", shared.uri, silence.as_secs_f32());
+            // Those that nothing was asked of meanwhile are no better: who waits would wait as long again on them.
+            let others = alive().filter(|link| !link.heard_after(since + WATCH_PERIOD));
+            others.for_each(|link| link.close_silent(since));
         }
+        drop(slots);
+        let given_up = shared.is_given_up();
+        if given_up && !was_given_up {
+            log::warn!("source {}: lost for too long, requests for absent blocks fail until it is back", shared.uri);
+            shared.link_up.notify(usize::MAX);
+        }
+        was_given_up = given_up;
     }
 }

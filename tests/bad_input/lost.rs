@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::{Duration, Instant};
 
+use blkferry::nbd::NbdError;
 use serde_json::Value;
 
 use crate::client::{Client, socket_of};
@@ -309,4 +310,41 @@ fn an_incomplete_cache_cannot_go_on_without_it_and_a_complete_one_can() {
     client.write(4096, &[8; 100]);
     client.flush();
     device.detach();
+}
+
+/// Not for ever: with `fail-after` whoever waits gets an error, and only who needs the source.
+#[test]
+fn who_waits_for_it_is_told_when_the_time_is_up() {
+    let world = World::new();
+    let mut expected = noise(1, SIZE as usize);
+    let mut source = Source::start(&world.path("source"), expected.clone(), Manners::default());
+    let more = ["--hydrate", "off", "--on-source-loss", "fail-after:500ms"];
+    let device = world.attach(&source.uri, &world.path("cache"), "disk", &more);
+    let mut client = Client::connect(&device.uri);
+    client.read(0, 64 * 4096);
+    source.close();
+    let waiting = [client.start_read(1 << 20, 1 << 20), client.start_write((3 << 20) + 100, &[0xc4; 50])];
+    for cookie in waiting {
+        assert_eq!(client.wait(cookie), Err(NbdError::Io));
+    }
+    // Later ones do not wait at all, and what is here goes on.
+    assert_eq!(client.try_read(2 << 20, 4096), Err(NbdError::Io));
+    works_without_a_source(&mut client, &mut expected);
+    assert_eq!(device.status()["state"], "degraded");
+    // Nothing is sticky: back to waiting, and the source comes back.
+    device.set("on-source-loss=wait");
+    let patient = client.start_read(2 << 20, 4096);
+    device.wait_for(|status| status["frontend"]["waiting_requests"] == 1);
+    source.open();
+    assert!(client.wait(patient).unwrap() == expected[2 << 20..(2 << 20) + 4096]);
+    // Changed live, it counts for those who wait already: the source is there and says nothing.
+    source.hold_all();
+    let waiting = client.start_read(5 << 20, 4096);
+    device.wait_for(|status| status["frontend"]["waiting_requests"] == 1);
+    device.set("on-source-loss=fail-after:2s");
+    assert_eq!(client.wait(waiting), Err(NbdError::Io));
+    source.let_go();
+    device.wait_for(|status| status["state"] == "active");
+    assert!(client.read(5 << 20, 4096) == expected[5 << 20..(5 << 20) + 4096]);
+    assert_complete(device, &world.path("cache"), &expected);
 }

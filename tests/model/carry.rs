@@ -1,6 +1,6 @@
 //! Tasks are carried out: piece by piece, and their outcome is told to the engine.
 
-use blkferry::engine::{Errno, Event, Extent, Lane, OpId};
+use blkferry::engine::{Errno, Event, Extent, FetchError, Lane, OpId};
 
 use crate::check::{Checked, ensure};
 use crate::guest::Wish;
@@ -74,10 +74,11 @@ impl World {
                 let fetch = self.fetches.iter_mut().find(|f| f.id == id);
                 let fetch = fetch.expect("no fetch is released while it is on the wire");
                 fetch.arrived = result.is_ok();
-                if fetch.lane == Lane::Bulk && result == Err(Errno::ENOSPC) {
-                    self.feed(Event::NoRoom { fetch: id })?;
-                    return Ok(());
-                }
+                let result = result.map_err(|errno| match (errno, fetch.lane) {
+                    (Errno::ENOSPC, Lane::Bulk) => FetchError::NoRoom,
+                    (Errno::ENOSPC, Lane::Demand) => FetchError::Unreachable,
+                    (errno, _) => FetchError::Refused(errno),
+                });
                 self.feed(Event::Fetched { fetch: id, result })?;
             }
             What::Query(_) | What::Commit(_) => unreachable!("these end in their own ways"),

@@ -172,3 +172,20 @@ fn a_second_signal_does_not_wait() {
     assert_eq!(client.read(0, BLOCK as u32), rig.block(0));
     device.world.ok(["detach", "disk", "--incomplete"]);
 }
+
+/// The guest overwrites a block that somebody waits for, and with that the device is complete: the source is let go,
+/// and whoever waited for it is answered from the cache.
+#[test]
+fn the_last_block_is_overwritten_while_it_is_fetched() {
+    let rig = Rig::new(16, Manners::default());
+    rig.source.hold_all();
+    let device = rig.attach("off");
+    let mut reader = Client::connect(&device.uri);
+    let read = reader.start_read(0, 4096);
+    rig.source.wait_held(1);
+    Client::connect(&device.uri).write(0, &vec![2; 16 * BLOCK as usize]);
+    device.wait_complete();
+    assert!(reader.wait(read).unwrap() == [2; 4096]);
+    drop(reader);
+    device.detach();
+}
