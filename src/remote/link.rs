@@ -77,6 +77,7 @@ struct Inner {
     /// An answer is coming in; its request is not among those that wait any more.
     receiving: Cell<bool>,
     next_cookie: Cell<u64>,
+    answers: Cell<u64>,
     alive: Cell<bool>,
     died: Event,
     last_heard: Cell<Instant>,
@@ -95,6 +96,7 @@ impl Link {
             pending: RefCell::default(),
             receiving: Cell::new(false),
             next_cookie: Cell::new(1),
+            answers: Cell::new(0),
             alive: Cell::new(true),
             died: Event::new(),
             last_heard: Cell::new(Instant::now()),
@@ -118,6 +120,11 @@ impl Link {
 
     pub(super) fn is_alive(&self) -> bool {
         self.inner.alive.get()
+    }
+
+    /// Requests that were answered.
+    pub(super) fn answers(&self) -> u64 {
+        self.inner.answers.get()
     }
 
     /// Requests under way.
@@ -254,6 +261,7 @@ impl Link {
         }
         if header.is_last() {
             finish(pending)?;
+            self.inner.answers.set(self.inner.answers.get() + 1);
         } else {
             self.inner.pending.borrow_mut().insert(cookie, pending);
         }

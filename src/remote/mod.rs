@@ -32,7 +32,8 @@ const BULK_LINKS: usize = 2;
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
 /// First and longest pause between two attempts to reconnect.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
-/// A link that lived for less than this was no good: reconnecting at once would hammer at its source.
+/// A link that lived for less than this and answered nothing was no good: reconnecting at once would hammer at its
+/// source.
 const SHORT_LIFE: Duration = Duration::from_secs(5);
 /// A source that says nothing for so long while requests wait is taken for dead.
 const SILENCE: Duration = Duration::from_secs(30);

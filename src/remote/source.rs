@@ -347,13 +347,13 @@ async fn keep_link(shared: Rc<Shared>, slot: usize) {
     loop {
         let held = shared.slots.borrow()[slot].clone();
         if let Some(link) = held {
-            let since = Instant::now();
+            let (since, answers) = (Instant::now(), link.answers());
             link.dead().await;
             shared.set(slot, None);
             log::warn!("source {}: connection {slot} lost", shared.uri);
             shared.report_lost("the connection was lost".into(), link.lost_since());
             is_first = false;
-            if since.elapsed() < SHORT_LIFE {
+            if since.elapsed() < SHORT_LIFE && link.answers() == answers {
                 sleep(pause + jitter(pause)).await;
                 pause = (pause * 2).min(BACKOFF.1);
             } else {

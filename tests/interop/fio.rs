@@ -42,7 +42,7 @@ fn check_raw(cache: &Path, depth: u32, jobs: &[Job]) -> Vec<String> {
 }
 
 /// The ranges that a fio wrote, as its I/O log tells.
-fn written(log: &Path) -> Vec<(u64, u64)> {
+pub fn written(log: &Path) -> Vec<(u64, u64)> {
     let text = std::fs::read_to_string(log).unwrap();
     let fields = text.lines().map(|line| line.split_whitespace().collect::<Vec<_>>());
     let writes = fields.filter(|fields| fields.get(2) == Some(&"write"));

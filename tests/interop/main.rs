@@ -21,6 +21,7 @@ mod servers;
 
 mod changes;
 mod copies;
+mod cuts;
 mod export;
 mod faults;
 mod fio;

@@ -17,17 +17,17 @@ const CONNECTIONS: usize = 3;
 const UNDER_WAY: usize = 24;
 
 /// Numbers without pattern; the same for the same seed.
-struct Dice {
+pub struct Dice {
     bytes: Vec<u8>,
     at: usize,
 }
 
 impl Dice {
-    fn new(seed: u64) -> Self {
+    pub fn new(seed: u64) -> Self {
         Self { bytes: noise(seed, 1 << 20), at: 0 }
     }
 
-    fn below(&mut self, limit: u64) -> u64 {
+    pub fn below(&mut self, limit: u64) -> u64 {
         let bytes = self.bytes[self.at..self.at + 8].try_into().unwrap();
         self.at = (self.at + 8) % self.bytes.len();
         u64::from_le_bytes(bytes) % limit

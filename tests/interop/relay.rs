@@ -1,10 +1,12 @@
-//! A TCP relay that counts: what crossed between a source and blkferry, by somebody who belongs to neither.
+//! A TCP relay that counts what crossed between a source and blkferry, by somebody who belongs to neither; and a link
+//! that can be cut, or fall silent.
 
 use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crate::bench::poll;
 
@@ -15,6 +17,11 @@ struct Counters {
     connections: AtomicU64,
     pumps: AtomicU64,
     stopping: AtomicBool,
+    /// Nobody gets through.
+    is_down: AtomicBool,
+    /// Bytes stay where they are.
+    is_silent: AtomicBool,
+    open: Mutex<Vec<TcpStream>>,
 }
 
 /// A running relay; ends when dropped.
@@ -39,8 +46,12 @@ impl Relay {
                 }
                 let client = client.unwrap();
                 shared.connections.fetch_add(1, Ordering::SeqCst);
+                if shared.is_down.load(Ordering::SeqCst) {
+                    continue;
+                }
                 let Ok(server) = TcpStream::connect(to) else { continue };
                 let (c, s) = (client.try_clone().unwrap(), server.try_clone().unwrap());
+                shared.open.lock().unwrap().push(client.try_clone().unwrap());
                 pump(server, client, shared.clone(), |counters| &counters.from_source);
                 pump(c, s, shared.clone(), |counters| &counters.to_source);
             }
@@ -67,6 +78,26 @@ impl Relay {
         self.counters.connections.load(Ordering::SeqCst)
     }
 
+    /// Ends all connections, and lets no new ones through until [`Relay::mend`].
+    pub fn cut(&self) {
+        self.counters.is_down.store(true, Ordering::SeqCst);
+        for connection in self.counters.open.lock().unwrap().drain(..) {
+            // Whoever has hung up already needs no cut.
+            let _ = connection.shutdown(Shutdown::Both);
+        }
+    }
+
+    /// Holds everything back until [`Relay::mend`]; connections stay.
+    pub fn fall_silent(&self) {
+        self.counters.is_silent.store(true, Ordering::SeqCst);
+    }
+
+    /// The link is as it should be.
+    pub fn mend(&self) {
+        self.counters.is_down.store(false, Ordering::SeqCst);
+        self.counters.is_silent.store(false, Ordering::SeqCst);
+    }
+
     /// Waits until both ends of every connection have hung up: from then on the counts stand still.
     pub fn wait_quiet(&self) {
         poll("the relay's connections to close", || self.counters.pumps.load(Ordering::SeqCst) == 0);
@@ -87,6 +118,9 @@ fn pump(mut from: TcpStream, mut to: TcpStream, counters: Arc<Counters>, which: 
     std::thread::spawn(move || {
         let mut buffer = vec![0; 256 << 10];
         while let Ok(n) = from.read(&mut buffer) {
+            while counters.is_silent.load(Ordering::SeqCst) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
             if n == 0 || to.write_all(&buffer[..n]).is_err() {
                 break;
             }
