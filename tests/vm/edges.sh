@@ -28,7 +28,7 @@ pid=$(status_of a .pid)
 kill -9 "$pid"
 # shellcheck disable=SC2016  # for eval
 wait_for 10 eval '[[ $(blkferry list --json | jq -r ".[0].state") == dead ]]'
-blkferry list | grep -q "recover a" || fail "list"
+blkferry list | grep "recover a" >/dev/null || fail "list"
 dd if=/dev/ublkb5 of=/dev/null bs=4k count=1 iflag=direct status=none 2>/dev/null &
 reader=$!
 wait_for 10 grep -q "^State:\sD" /proc/$reader/status

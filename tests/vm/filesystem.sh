@@ -26,7 +26,7 @@ diff -r /etc /mnt/tree/etc
 fstrim /mnt
 umount /mnt
 e2fsck -fn /dev/ublkb0
-blkferry list | grep -q /dev/ublkb0 || fail "list"
+blkferry list | grep /dev/ublkb0 >/dev/null || fail "list"
 blkferry detach web --incomplete
 [[ ! -e /dev/ublkb0 && ! -e /dev/ublkc0 ]] || fail "the device is still there"
 e2fsck -fn cache.raw

@@ -11,7 +11,7 @@ ferry() {
 json_of() { tail -c +33 "/run/ublksrvd/$1.pid" | tr -d '\0'; }
 
 make_source 16
-ublk-ferry help -t ferry | grep -q -- --source || fail "help"
+ublk-ferry help -t ferry | grep -- --source >/dev/null || fail "help"
 [[ $(ferry add -t ferry -f cache.raw --source "$SOURCE" -n 3 -q 2 -d 64) == 3 ]] || fail "add"
 cmp source.raw /dev/ublkb3
 [[ $(status_of cache '.frontend | "\(.device) \(.queues) \(.depth)"') == "/dev/ublkb3 2 64" ]] || fail "status"
