@@ -6,7 +6,8 @@ use std::process::ExitCode;
 use clap::ValueEnum;
 
 use super::launch::{Manner, launch};
-use crate::daemon::{DaemonOptions, OnLoss, UblkOptions};
+use crate::control::RunDir;
+use crate::daemon::{self, DaemonOptions, OnLoss, UblkOptions};
 use crate::device::Mode;
 use crate::nbd::Uri;
 use crate::size::{ParseSizeError, parse_size};
@@ -72,6 +73,9 @@ pub(super) struct Args {
     /// Attach although a killed daemon's live map is gone: writes that were never flushed may be lost
     #[arg(long)]
     forget_unflushed: bool,
+    /// If a block device of this name waits for its daemon, take it over, as `recover` does. For service managers
+    #[arg(long)]
+    recover: bool,
     /// Make a new cache of a block device although there is something on it, which is lost then
     #[arg(long)]
     overwrite: bool,
@@ -94,7 +98,14 @@ pub(super) fn run(args: &Args, verbose: u8) -> anyhow::Result<ExitCode> {
     if args.frontend == Frontend::Ublk && args.socket.is_some() {
         anyhow::bail!("--socket is for NBD: leave it out, or use --frontend nbd");
     }
-    launch(args.manner, verbose, || Ok(options(args)))
+    launch(args.manner, verbose, || {
+        let options = options(args);
+        let run_dir = RunDir::open()?;
+        if args.recover && daemon::waits_for_daemon(&run_dir, &options.name) {
+            return Ok(daemon::recovery_of(&run_dir, &options.name)?);
+        }
+        Ok(options)
+    })
 }
 
 fn options(args: &Args) -> DaemonOptions {

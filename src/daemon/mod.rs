@@ -32,7 +32,7 @@ use crate::uring::{BindError, UringError, require_io_uring};
 
 use handler::DaemonHandler;
 pub use signals::{SignalError, wait_for_stop_signal};
-pub use ublk::{UblkOptions, forget, recovery_of};
+pub use ublk::{UblkOptions, forget, recovery_of, waits_for_daemon};
 
 /// Pace of the daemon's own housekeeping, and of progress displays.
 const TICK: Duration = Duration::from_millis(500);

@@ -70,6 +70,13 @@ pub(super) fn refuse_orphans(run_dir: &RunDir, claim: &Claim, options: &DaemonOp
     Ok(())
 }
 
+/// Does a block device of this name wait for another daemon?
+pub fn waits_for_daemon(run_dir: &RunDir, name: &str) -> bool {
+    let dead = run_dir.entries().unwrap_or_default().into_iter().filter(|(_, alive)| !alive).map(|(entry, _)| entry);
+    let mut devices = dead.filter(|entry| entry.name == name).filter_map(|entry| entry.ublk);
+    devices.any(|ublk| ublk::is_orphan(ublk.id, ublk.mark))
+}
+
 /// What to run to take over the device of a daemon that died.
 pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, DaemonError> {
     let entries = run_dir.entries().map_err(|e| DaemonError::Io("the run directory cannot be read", e))?;

@@ -49,4 +49,5 @@ on_kernels! {
     recovery_on_6_12 recovery_on_7_2 "recovery.sh"
     edges_on_6_12 edges_on_7_2 "edges.sh"
     target_on_6_12 target_on_7_2 "target.sh"
+    service_on_6_12 service_on_7_2 "service.sh"
 }
