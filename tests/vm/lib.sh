@@ -25,15 +25,19 @@ wait_for() {
     done
 }
 
-# make_source MIB: an image whose first half is noise, on offer
+# make_source MIB [NOISE]: an image whose first half, or so many MiB, is noise, on offer
 make_source() {
     truncate -s "$1M" source.raw
-    head -c "$(($1 / 2))M" /dev/urandom | dd of=source.raw conv=notrunc bs=1M status=none
+    add_noise source.raw 0 "${2:-$(($1 / 2))}"
     export_source
 }
 
+# add_noise FILE AT MIB
+add_noise() { head -c "$3M" /dev/urandom | dd of="$1" seek="$2" conv=notrunc bs=1M iflag=fullblock status=none; }
+
 export_source() {
-    blkferry export source.raw --listen unix:/tmp/source.sock >export.log 2>&1 &
+    blkferry export "${1:-source.raw}" --listen unix:/tmp/source.sock >export.log 2>&1 &
+    source_pid=$!
     wait_for 10 test -S /tmp/source.sock
 }
 
@@ -47,4 +51,10 @@ refuses() {
     if said=$("$@" 2>&1 >/dev/null); then fail "$* succeeded"; fi
     [[ $said == *"$text"* ]] || fail "$* said: $said"
     [[ $(wc -l <<<"$said") -eq 1 ]] || fail "$* said more than a line: $said"
+}
+
+stop_source() {
+    kill "$source_pid"
+    wait "$source_pid" || true
+    rm -f source.sock
 }
