@@ -32,10 +32,9 @@ blkferry detach web --incomplete
 e2fsck -fn cache.raw
 
 # The raw image that came of it is the source of the next one, mounted before anything has come.
-kill %1
-wait
-rm -f source.sock source.raw && mv cache.raw source.raw && rm cache.raw.ferry
-export_source
+stop_source
+rm source.raw && mv cache.raw source.raw && rm cache.raw.ferry
+export_source source.raw
 attach --queues 2
 mount /dev/ublkb0 /mnt
 cmp /usr/bin/busybox /mnt/tree/busybox

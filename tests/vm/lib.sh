@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # What the guests' scripts share.
-set -euo pipefail
+set -eEuo pipefail
 cd /tmp || exit
+trap 'echo "FAIL: line $LINENO: $BASH_COMMAND" >&2' ERR
 
 # shellcheck disable=SC2034  # used by those who source this
 readonly SOURCE='nbd+unix:///?socket=/tmp/source.sock'
@@ -29,12 +30,13 @@ wait_for() {
 make_source() {
     truncate -s "$1M" source.raw
     add_noise source.raw 0 "${2:-$(($1 / 2))}"
-    export_source
+    export_source source.raw
 }
 
 # add_noise FILE AT MIB
 add_noise() { head -c "$3M" /dev/urandom | dd of="$1" seek="$2" conv=notrunc bs=1M iflag=fullblock status=none; }
 
+# shellcheck disable=SC2120  # by default it is source.raw
 export_source() {
     blkferry export "${1:-source.raw}" --listen unix:/tmp/source.sock >export.log 2>&1 &
     source_pid=$!
@@ -58,3 +60,6 @@ stop_source() {
     wait "$source_pid" || true
     rm -f source.sock
 }
+
+# repeat TEXT BYTES: the text in lines, over and over
+repeat() { { yes "$1" 2>/dev/null || true; } | head -c "$2"; }
