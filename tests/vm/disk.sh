@@ -5,7 +5,7 @@ source lib.sh
 
 readonly MIB=$((1 << 20))
 attach() { blkferry attach "$SOURCE" "$1" --name web --frontend ublk --hydrate off "${@:2}" >/dev/null; }
-nothing_is_left() { [[ ! -e /var/lib/blkferry/${1##*/}.ferry && ! -e /dev/ublkb0 && ! -e /run/blkferry/web.json ]] || fail "left behind"; }
+nothing_is_left() { [[ ! -e /var/lib/blkferry/dev-${1##*/}.ferry && ! -e /dev/ublkb0 && ! -e /run/blkferry/web.json ]] || fail "left behind"; }
 # expect: the source, but for what is written at 3 MiB
 expect() {
     cp source.raw expected.raw
@@ -26,11 +26,11 @@ expect
 truncate -s 40M back.raw
 loop=$(losetup -f --show back.raw)
 for disk in /dev/vda "$loop"; do
-    metadata=/var/lib/blkferry/${disk##*/}.ferry
+    metadata=/var/lib/blkferry/dev-${disk##*/}.ferry
     # Blank.
     attach "$disk"
     [[ -e $metadata ]] || fail "no metadata at $metadata"
-    refuses "busy" mount "$disk" /mnt
+    if mount "$disk" /mnt 2>/dev/null; then fail "$disk can be mounted below its device"; fi
     cmp -n $((2 * MIB)) -i $((8 * MIB)) source.raw /dev/ublkb0
     dd if=expected.raw of=/dev/ublkb0 bs=4k skip=$((3 * MIB >> 12)) seek=$((3 * MIB >> 12)) count=3 conv=fsync status=none
     kill -9 "$(status_of web .pid)"

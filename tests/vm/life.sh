@@ -4,7 +4,7 @@
 # shellcheck source=tests/vm/lib.sh
 source lib.sh
 
-readonly ROUNDS=${1:-10} MANY=80
+readonly ROUNDS=${ROUNDS:-10} MANY=80
 
 attach() { blkferry attach "$SOURCE" "$1.raw" --frontend ublk --hydrate off "${@:2}" >/dev/null; }
 nothing_is_left() {

@@ -68,6 +68,7 @@ check() {
         blkferry detach "web$n"
         cmp -n $((24 * MIB)) expected.raw "${CACHES[n]}" || fail "${CACHES[n]}: the image"
     done
+    stop_source
     umount /ext4 /xfs
 }
 

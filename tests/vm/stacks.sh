@@ -6,7 +6,7 @@ source lib.sh
 
 attach() { blkferry attach "$SOURCE" "$1.raw" --frontend ublk --hydrate off --queues 2 >/dev/null; }
 
-make_source 96
+make_source 96 96
 attach web
 readonly SECTORS=$((96 << 11))
 
@@ -17,7 +17,7 @@ $((SECTORS / 2)) $((SECTORS / 2)) linear /dev/ublkb0 0
 TABLE
 dmsetup mknodes
 cmp -n $((4 << 20)) -i $((48 << 20)):0 /dev/mapper/swapped source.raw
-cmp -n $((4 << 20)) /dev/mapper/swapped /dev/zero
+cmp -n $((4 << 20)) -i 0:$((48 << 20)) /dev/mapper/swapped source.raw
 refuses "swapped (dm-0) is on it" blkferry detach web --incomplete
 fio --output-format=terse --filename=/dev/mapper/swapped --direct=1 --ioengine=io_uring --verify=crc32c \
     --verify_fatal=1 --name=mapped --offset=40M --size=16M --rw=randwrite --bsrange=4k-64k --iodepth=8 --fsync=16 \
@@ -59,7 +59,7 @@ pvremove -qq /dev/ublkb0 >/dev/null
 
 loop=$(losetup -f --show /dev/ublkb0)
 refuses "in use" blkferry detach web --incomplete
-cmp -n $((4 << 20)) -i $((16 << 20)) "$loop" source.raw
+cmp -n $((4 << 20)) -i $((72 << 20)) "$loop" source.raw
 losetup -d "$loop"
 blkferry set web hydrate=auto
 blkferry status web --watch >/dev/null 2>&1
