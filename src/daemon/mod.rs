@@ -174,7 +174,9 @@ pub fn run(options: &DaemonOptions, observer: &mut dyn Observer) -> Result<(), D
     abort_on_panic();
     if options.ublk.is_some() {
         // While this is the only thread.
-        prepare_process().iter().for_each(|warning| log::warn!("{warning}"));
+        let needed = [Some(options.cache.clone()), options.metadata.clone()];
+        let needed: Vec<_> = needed.into_iter().flatten().collect();
+        prepare_process(&needed).iter().for_each(|warning| log::warn!("{warning}"));
     }
     let (wishes, wished) = crossbeam::channel::unbounded();
     let stop = wishes.clone();

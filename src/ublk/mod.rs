@@ -17,6 +17,7 @@ mod channel;
 mod control;
 mod device;
 mod error;
+mod mounts;
 mod params;
 mod process;
 mod users;

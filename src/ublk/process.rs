@@ -3,10 +3,13 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::FromRawFd;
+use std::path::PathBuf;
 
 use nix::libc;
 use nix::mount::{MsFlags, mount};
 use nix::sched::{CloneFlags, unshare};
+
+use super::mounts;
 
 /// `PR_SET_IO_FLUSHER` of linux/prctl.h (Linux 5.6).
 const PR_SET_IO_FLUSHER: libc::c_int = 57;
@@ -33,16 +36,19 @@ pub fn inherited(number: i32) -> io::Result<File> {
 /// Makes this process fit to serve, before it has other threads. Whatever is not permitted is a line of warning.
 ///
 /// - A mount namespace of its own, cut off from others' mounts: a file system on the device must not be
-///   held by the device's own daemon, whose end would then wait for itself.
+///   held by the device's own daemon, whose end would then wait for itself. Nor by another daemon, or by one
+///   that took over: what is mounted from ublk devices already is let go of there, but for what lies below
+///   the `needed` paths.
 /// - It is an I/O flusher: when memory is short, its allocations do not wait for writes to its own device.
-pub fn prepare_process() -> Vec<String> {
+pub fn prepare_process(needed: &[PathBuf]) -> Vec<String> {
     let mut warnings = Vec::new();
     let apart = unshare(CloneFlags::CLONE_NEWNS)
         .and_then(|()| mount(None::<&str>, "/", None::<&str>, MsFlags::MS_REC | MsFlags::MS_PRIVATE, None::<&str>));
-    if let Err(e) = apart {
-        warnings.push(format!(
+    match apart {
+        Ok(()) => mounts::let_go(needed),
+        Err(e) => warnings.push(format!(
             "no mount namespace of its own ({e}): unmount what is on the device before its daemon ends, or that may hang"
-        ));
+        )),
     }
     // SAFETY: changes flags of the calling thread, and names no memory.
     if unsafe { libc::prctl(PR_SET_IO_FLUSHER, 1, 0, 0, 0) } != 0 {

@@ -16,6 +16,9 @@ pub(super) fn of(id: u32) -> Option<String> {
     if let Some(process) = opened(&numbers) {
         return Some(process);
     }
+    if let Some(holder) = held(&disk) {
+        return Some(format!("{holder} is on it"));
+    }
     // Whoever mounts, maps or swaps holds it exclusively, in whatever namespace.
     let exclusive = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(Path::new("/dev").join(disk));
     match exclusive {
@@ -40,6 +43,21 @@ fn numbers_of(disk: &str) -> Vec<String> {
 
 fn number_in(directory: &Path) -> Option<String> {
     fs::read_to_string(directory.join("dev")).ok().map(|text| text.trim().to_owned())
+}
+
+/// A device that is made of this disk or of one of its partitions: a mapped one, with the name that it has for
+/// `dmsetup` and LVM, or an array.
+fn held(disk: &str) -> Option<String> {
+    let base = Path::new("/sys/block").join(disk);
+    let partitions = fs::read_dir(&base).into_iter().flatten().flatten();
+    let partitions = partitions.map(|entry| entry.path()).filter(|path| path.join("partition").exists());
+    let places: Vec<_> = std::iter::once(base.clone()).chain(partitions).collect();
+    let holder = places.iter().find_map(|place| fs::read_dir(place.join("holders")).ok()?.flatten().next())?;
+    let device = holder.file_name().to_string_lossy().into_owned();
+    match fs::read_to_string(holder.path().join("dm/name")) {
+        Ok(name) => Some(format!("{} ({device})", name.trim())),
+        Err(_) => Some(device),
+    }
 }
 
 /// Where one of the devices is mounted: as the first process sees it, since ours may see less.
@@ -72,7 +90,7 @@ fn opened(numbers: &[String]) -> Option<String> {
     None
 }
 
-fn number_of(device: u64) -> String {
+pub(super) fn number_of(device: u64) -> String {
     format!("{}:{}", libc::major(device), libc::minor(device))
 }
 

@@ -39,14 +39,13 @@ refuses "no dead ublk device" blkferry recover a
 attach a.raw --frontend ublk
 kill "$(status_of a .pid)"
 wait_for 10 test ! -e /dev/ublkb0
-[[ -z $(blkferry list --json | jq -r '.[]') ]] || fail "a stopped device is still listed"
+nothing_listed() { [[ $(blkferry list --json) == "[]" ]]; }
+wait_for 20 nothing_listed
 
 # A source that ends within a logical block.
-kill %1
-wait
-rm -f source.sock
+stop_source
 truncate -s $(((1 << 20) + 512)) source.raw
-export_source
+export_source source.raw
 refuses "--frontend nbd" attach odd.raw --frontend ublk --logical-block-size 4096
 [[ ! -e odd.raw ]] || fail "something was left behind"
 [[ -z $(ls /dev/ublkc* 2>/dev/null) ]] || fail "a device is left"
@@ -55,11 +54,9 @@ cmp source.raw /dev/ublkb0
 blkferry detach odd --incomplete
 
 # Devices by the dozen.
-kill %1
-wait
-rm -f source.sock
+stop_source
 truncate -s 1M source.raw
-export_source
+export_source source.raw
 for n in $(seq 12); do attach "n$n.raw" --frontend ublk --depth 4 >/dev/null; done
 [[ $(blkferry list --json | jq length) == 12 ]] || fail "twelve"
 for n in $(seq 12); do blkferry detach "n$n" --incomplete >/dev/null; done

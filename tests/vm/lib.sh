@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # What the guests' scripts share.
-set -euo pipefail
+set -eEuo pipefail
 cd /tmp || exit
+trap 'echo "FAIL: line $LINENO: $BASH_COMMAND" >&2' ERR
 
 # shellcheck disable=SC2034  # used by those who source this
 readonly SOURCE='nbd+unix:///?socket=/tmp/source.sock'
@@ -25,15 +26,20 @@ wait_for() {
     done
 }
 
-# make_source MIB: an image whose first half is noise, on offer
+# make_source MIB [NOISE]: an image whose first half, or so many MiB, is noise, on offer
 make_source() {
     truncate -s "$1M" source.raw
-    head -c "$(($1 / 2))M" /dev/urandom | dd of=source.raw conv=notrunc bs=1M status=none
-    export_source
+    add_noise source.raw 0 "${2:-$(($1 / 2))}"
+    export_source source.raw
 }
 
+# add_noise FILE AT MIB
+add_noise() { head -c "$3M" /dev/urandom | dd of="$1" seek="$2" conv=notrunc bs=1M iflag=fullblock status=none; }
+
+# shellcheck disable=SC2120  # by default it is source.raw
 export_source() {
-    blkferry export source.raw --listen unix:/tmp/source.sock >export.log 2>&1 &
+    blkferry export "${1:-source.raw}" --listen unix:/tmp/source.sock >export.log 2>&1 &
+    source_pid=$!
     wait_for 10 test -S /tmp/source.sock
 }
 
@@ -48,3 +54,12 @@ refuses() {
     [[ $said == *"$text"* ]] || fail "$* said: $said"
     [[ $(wc -l <<<"$said") -eq 1 ]] || fail "$* said more than a line: $said"
 }
+
+stop_source() {
+    kill "$source_pid"
+    wait "$source_pid" || true
+    rm -f source.sock
+}
+
+# repeat TEXT BYTES: the text in lines, over and over
+repeat() { { yes "$1" 2>/dev/null || true; } | head -c "$2"; }

@@ -1,7 +1,8 @@
 //! The block device in real kernels: each script here runs in a small machine that `scripts/vm` boots.
 //!
 //! `cargo test --test vm` runs them on all kernels, `cargo test --test vm recovery_on_7_2` one of them.
-//! A machine takes one script, and some seconds to boot; its output is shown if the script fails.
+//! A machine takes one script, and some seconds to boot; its output is shown if the script fails. Scripts
+//! that do something again and again take the number of rounds from `BLKFERRY_VM_ROUNDS`, if it is set.
 
 use std::path::Path;
 use std::process::Command;
@@ -10,13 +11,21 @@ use std::sync::Mutex;
 /// One machine at a time: two would slow each other down past their time limits.
 static MACHINE: Mutex<()> = Mutex::new(());
 
-fn run(kernel: &str, script: &str) {
-    let _alone = MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+/// Many times what a script takes on an idle machine: what hangs ends.
+const TIMEOUT_SECONDS: u64 = 300;
+/// The same for each round that is asked for.
+const ROUND_SECONDS: u64 = 20;
+
+/// Runs `script` with `options` for `scripts/vm`.
+fn run(kernel: &str, script: &str, arguments: &[&str], options: &[&str]) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let add = |name: &str| root.join("tests/vm").join(name).display().to_string();
-    // The build under test, whatever else lies in the target directory.
+    let rounds = std::env::var("BLKFERRY_VM_ROUNDS").ok();
+    let seconds = rounds.as_ref().map_or(0, |n| ROUND_SECONDS * n.parse::<u64>().expect("BLKFERRY_VM_ROUNDS"));
     let mut vm = Command::new(root.join("scripts/vm"));
-    vm.args(["--kernel", kernel, "--timeout", "100", "--memory", "1536"]);
+    vm.args(["--kernel", kernel, "--timeout", &(TIMEOUT_SECONDS + seconds).to_string(), "--memory", "1536"]);
+    vm.args(options);
+    // The build under test, whatever else lies in the target directory.
     for file in [&add("lib.sh"), &add(script), env!("CARGO_BIN_EXE_blkferry"), env!("CARGO_BIN_EXE_ublk-ferry")] {
         vm.args(["--add", file]);
     }
@@ -24,30 +33,64 @@ fn run(kernel: &str, script: &str) {
     if let Ok(ublk) = std::env::var("UBLKSRV_UBLK") {
         vm.args(["--add", &format!("{ublk}:/usr/local/bin/ublk")]);
     }
-    let output = vm.args(["--", script]).output().unwrap();
+    vm.args(["--", "env"]).args(rounds.map(|n| format!("ROUNDS={n}"))).arg(script).args(arguments);
+    let output = vm.output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{script} on {kernel}: {}\n{out}\n{err}", output.status);
 }
 
+/// Two machines, one after the other, with the same disks: the first one loses its power.
+fn lose_power(kernel: &str) {
+    let directory = tempfile::tempdir().unwrap();
+    let mut disks = Vec::new();
+    for (name, mib) in [("ext4", 128), ("xfs", 304), ("raw", 24)] {
+        let path = directory.path().join(name);
+        std::fs::File::create(&path).unwrap().set_len(mib << 20).unwrap();
+        disks.extend(["--disk".to_owned(), path.display().to_string()]);
+    }
+    let disks: Vec<_> = disks.iter().map(String::as_str).collect();
+    run(kernel, "power.sh", &["cut"], &[&["--power-cut"], &disks[..]].concat());
+    run(kernel, "power.sh", &["check"], &disks);
+}
+
+fn alone(test: impl FnOnce()) {
+    let _alone = MACHINE.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    test();
+}
+
 macro_rules! on_kernels {
-    ($($name:ident $other:ident $script:literal)*) => {$(
+    ($($name:ident $other:ident $script:literal $($option:literal)*;)*) => {$(
         #[test]
         fn $name() {
-            run("6.12", $script);
+            alone(|| run("6.12", $script, &[], &[$($option),*]));
         }
 
         #[test]
         fn $other() {
-            run("7.2", $script);
+            alone(|| run("7.2", $script, &[], &[$($option),*]));
         }
     )*};
 }
 
 on_kernels! {
-    filesystem_on_6_12 filesystem_on_7_2 "filesystem.sh"
-    traffic_on_6_12 traffic_on_7_2 "traffic.sh"
-    recovery_on_6_12 recovery_on_7_2 "recovery.sh"
-    edges_on_6_12 edges_on_7_2 "edges.sh"
-    target_on_6_12 target_on_7_2 "target.sh"
-    service_on_6_12 service_on_7_2 "service.sh"
+    filesystem_on_6_12 filesystem_on_7_2 "filesystem.sh";
+    traffic_on_6_12 traffic_on_7_2 "traffic.sh" "--cpus" "4";
+    recovery_on_6_12 recovery_on_7_2 "recovery.sh";
+    life_on_6_12 life_on_7_2 "life.sh";
+    stacks_on_6_12 stacks_on_7_2 "stacks.sh";
+    zeroes_on_6_12 zeroes_on_7_2 "zeroes.sh";
+    disk_on_6_12 disk_on_7_2 "disk.sh" "--disk" "40M";
+    edges_on_6_12 edges_on_7_2 "edges.sh";
+    target_on_6_12 target_on_7_2 "target.sh";
+    service_on_6_12 service_on_7_2 "service.sh";
+}
+
+#[test]
+fn power_on_6_12() {
+    alone(|| lose_power("6.12"));
+}
+
+#[test]
+fn power_on_7_2() {
+    alone(|| lose_power("7.2"));
 }

@@ -3,7 +3,7 @@
 # shellcheck source=tests/vm/lib.sh
 source lib.sh
 
-readonly ROUNDS=${1:-6}
+readonly ROUNDS=${ROUNDS:-6}
 
 dead() { [[ $(blkferry list --json | jq -r '.[0].state') == dead ]]; }
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Verified traffic of mixed sizes and depths during hydration, on one queue and on two; ranges given up and
+# Verified traffic of mixed sizes and depths during hydration, on one queue and on four; ranges given up and
 # zeroed do not come back.
 # shellcheck source=tests/vm/lib.sh
 source lib.sh
 
 make_source 128
-for queues in 1 2; do
+for queues in 1 4; do
     rm -f cache.raw*
     blkferry attach "$SOURCE" cache.raw --name web --frontend ublk --queues "$queues" --depth 32 --hydrate 20M
     [[ $(status_of web .frontend.queues) == "$queues" ]] || fail "queues"
