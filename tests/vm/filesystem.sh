@@ -30,32 +30,15 @@ attach
 [[ $(status_of web '.frontend.features | index("user_recovery_reissue")') != null ]] || fail "features"
 cmp -n $((16 << 20)) source.raw /dev/ublkb0
 
-<<<<<<< HEAD
-mkfs.ext4 -q -F /dev/ublkb0
-mount /dev/ublkb0 /mnt
-mkdir /mnt/tree
-cp -r /usr/bin/fio /usr/bin/busybox /etc /mnt/tree
-refuses "mounted on /mnt" blkferry detach web --incomplete
-sync
-umount /mnt
-mount /dev/ublkb0 /mnt
-cmp /usr/bin/fio /mnt/tree/fio
-diff -r /etc /mnt/tree/etc
-fstrim /mnt
-umount /mnt
-e2fsck -fn /dev/ublkb0
-blkferry list | grep /dev/ublkb0 >/dev/null || fail "list"
-=======
 # Without a discard of the whole disk: it stays at the source.
 mkfs.xfs -q -f -K /dev/ublkb0
 fill_and_compare
-blkferry list | grep -q /dev/ublkb0 || fail "list"
+blkferry list | grep /dev/ublkb0 >/dev/null || fail "list"
 xfs_repair -n /dev/ublkb0 >repair.log 2>&1 || { cat repair.log; fail "xfs_repair"; }
 mkfs.ext4 -q -F -E nodiscard /dev/ublkb0
 fill_and_compare
 e2fsck -fn /dev/ublkb0
 [[ $(status_of web .blocks.absent) -gt 10000 ]] || fail "it was all here at once"
->>>>>>> vmtests
 blkferry detach web --incomplete
 [[ ! -e /dev/ublkb0 && ! -e /dev/ublkc0 ]] || fail "the device is still there"
 attach
