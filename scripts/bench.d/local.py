@@ -68,7 +68,7 @@ def tables(bench):
             row["runs_iops"] = [{name: run[0] for name, run in zip(runs, each)} for each in zip(*runs.values())]
             rows.append(row)
     yield (
-        f"fio's nbd engine on a unix socket, {size_mib} MiB in memory, everything local already; the server's CPU time "
+        f"fio's nbd engine on a unix socket, {size_mib} MiB in the page cache, everything local already; the server's CPU time "
         "for a request; wanted: reads ≥ 1 × nbdkit file, 4K writes QD32 ≥ 2 × nbdkit cow, ≥ 3 × qemu-storage-daemon with "
         "copy-on-read", rows,
     )

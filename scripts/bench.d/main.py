@@ -77,7 +77,7 @@ def main():
         "commit": run("git", "-C", bench.repo, "describe", "--always", "--dirty").strip(),
         "quick": args.quick,
         "rounds": bench.rounds,
-        "machine": machine(),
+        "machine": machine() | {"files_on": run("stat", "-f", "-c", "%T", bench.work).strip()},
         "peers": peers(),
         "components": {},
     }

@@ -147,7 +147,7 @@ class Ferried:
             if not status["source_needed"]:
                 return now - self.started
             # Few looks while there is far to go: each is a program that wants a CPU.
-            time.sleep(min(0.5, max(0.005, (status["hydrate"]["eta_s"] or 0.04) / 4)))
+            time.sleep(min(0.1, max(0.01, (status["hydrate"]["eta_s"] or 0.04) / 8)))
 
 
 @contextlib.contextmanager
