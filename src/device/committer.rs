@@ -64,6 +64,10 @@ impl Thread {
                 Ok(CommitRequest::Commit) => {
                     let result = self.commit();
                     self.core.apply(Event::Committed { result });
+                    // The last blocks came during this commit: one more, and it is complete.
+                    if self.core.maps().absent_count() == 0 && !self.core.health.is_complete() {
+                        due = Instant::now();
+                    }
                 }
                 Ok(CommitRequest::Stop(answer)) => {
                     // Whoever asked waits for this.

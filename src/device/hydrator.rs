@@ -86,8 +86,9 @@ impl Fetcher {
             Some(Action::HydrationDone) => {
                 drop(share);
                 self.core.hydration.set_state(HydrationState::Done);
-                // The commit thread records completion, and rings.
+                // The commit thread records completion, and rings. Not when its clock says so: at once.
                 let changed = self.core.hydration.changed.listen();
+                self.core.apply(Event::CommitDue);
                 if !self.core.health.is_complete() {
                     select(changed, sleep(RETRY_PAUSE).boxed_local()).await;
                 }

@@ -1,0 +1,69 @@
+"""How long a read waits for a block that is not here: alone, and beside hydration."""
+
+import time
+
+from tools import MIB, export, ferried, fio, percentile, relay
+
+MBIT = 1000
+RTTS_MS = (20, 100)
+SIZE_MIB = 1024
+# Reads go to the second half, which hydration reaches after this many seconds at the earliest: 4.3.
+WARM_UP_S, SECONDS = 0.8, 3
+# Each with one read at a time.
+READERS = 4
+
+
+def latencies_ms(prefix):
+    """Every single read that fio made."""
+    for log in prefix.parent.glob(f"{prefix.name}_lat.*.log"):
+        yield from (int(line.split(",")[1]) / 1e6 for line in log.read_text().splitlines())
+        log.unlink()
+
+
+def read(bench, uri):
+    prefix = bench.path("lat")
+    started = time.monotonic()
+    fio("--ioengine=nbd", f"--uri={uri}", "--rw=randread", "--bs=4k", "--iodepth=1", f"--numjobs={READERS}",
+        f"--size={SIZE_MIB // 2}m", f"--offset={SIZE_MIB // 2}m", "--norandommap", "--time_based", f"--runtime={SECONDS}",
+        f"--write_lat_log={prefix}", "--disable_clat=1", "--disable_slat=1")
+    return list(latencies_ms(prefix)), time.monotonic() - started
+
+
+def one(bench, address, rtt_ms, busy):
+    """Latencies of a round, and hydration's share of the link."""
+    with relay(bench, address, MBIT, rtt_ms) as link, ferried(bench, link.address, "auto" if busy else "off") as device:
+        if busy:
+            time.sleep(WARM_UP_S + 4 * rtt_ms / 1000)
+        before = link.bytes_to_client()
+        found, took = read(bench, device.uri)
+        share = (link.bytes_to_client() - before) * 8 / (MBIT * 1e6 * took)
+        if busy and not device.status()["source_needed"]:
+            raise SystemExit("bench: hydration ended before the reads did: the disk is too small")
+        return found, share
+
+
+def tables(bench):
+    rows = []
+    with export(bench, bench.noise(SIZE_MIB)) as (address, _):
+        for rtt_ms in RTTS_MS:
+            pooled = {False: ([], []), True: ([], [])}
+            for _ in range(bench.rounds):
+                for busy, (latencies, shares) in pooled.items():
+                    found, share = one(bench, address, rtt_ms, busy)
+                    latencies.extend(found)
+                    shares.append(share)
+            for busy, (latencies, shares) in pooled.items():
+                # Less than a round trip: the block was here already.
+                misses = [ms for ms in latencies if ms > rtt_ms * 0.9]
+                rows.append({
+                    "RTT ms": rtt_ms, "beside hydration": "yes" if busy else "no", "reads": len(latencies),
+                    "misses": len(misses),
+                    "p50 / RTT": percentile(misses, 50) / rtt_ms, "p99 / RTT": percentile(misses, 99) / rtt_ms,
+                    "wanted": "1.2, 1.6" if busy else "–, 1.1",
+                    "all traffic, of the link": f"{100 * percentile(shares, 50):.0f} %" if busy else "–",
+                    "misses_ms": [round(ms, 3) for ms in sorted(misses)],
+                })
+    yield (
+        f"4 KiB random reads of absent blocks at {MBIT} Mbit/s, {READERS} readers with one read at a time; in round trip "
+        f"times, all rounds together; hydration's share is wanted at 85 % or more", rows,
+    )

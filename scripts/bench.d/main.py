@@ -1,0 +1,103 @@
+"""Runs components, prints their tables, writes the JSON. Started by scripts/bench."""
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import re
+import subprocess
+from pathlib import Path
+
+import demand
+import hydrate
+import local
+import ublk
+import writes
+from tools import Bench, run
+
+COMPONENTS = {module.__name__: module for module in (hydrate, demand, local, writes, ublk)}
+
+
+def machine():
+    """What the figures depend on."""
+    model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), flags=re.M)
+    memory = re.search(r"^MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text(), flags=re.M)
+    return {
+        "cpus": os.cpu_count(),
+        "model": model.group(1) if model else platform.machine(),
+        "memory_mib": int(memory.group(1)) >> 10,
+        "kernel": platform.release().split("-")[0],
+        "load_before": round(os.getloadavg()[0], 1),
+    }
+
+
+def peers():
+    """Versions of what is compared with."""
+    def first(*command):
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        return done.stdout.splitlines()[0] if done.returncode == 0 else None
+    return {
+        "fio": first("fio", "--version"),
+        "nbdcopy": first("nbdcopy", "--version"),
+        "nbdkit": first("nbdkit", "--version"),
+        "qemu-storage-daemon": first("qemu-storage-daemon", "--version"),
+    }
+
+
+def shown(value):
+    if isinstance(value, float):
+        return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return "–" if value is None else str(value)
+
+
+def print_table(rows):
+    """Rows are dictionaries with the same keys; lists, the single figures, are for the JSON."""
+    columns = [key for key, value in rows[0].items() if not isinstance(value, list)]
+    lines = [columns] + [[shown(row[column]) for column in columns] for row in rows]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(columns))]
+    for number, line in enumerate(lines):
+        print("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths)) + " |")
+        if number == 0:
+            print("|" + "|".join("-" * (width + 2) for width in widths) + "|")
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--rounds", type=int)
+    parser.add_argument("--label")
+    for name in ("--work", "--repo", "--programs", "--rublk"):
+        parser.add_argument(name, required=True)
+    parser.add_argument("components", nargs="+")
+    args = parser.parse_args()
+    bench = Bench(args)
+    result = {
+        "date": datetime.date.today().isoformat(),
+        "commit": run("git", "-C", bench.repo, "describe", "--always", "--dirty").strip(),
+        "quick": args.quick,
+        "rounds": bench.rounds,
+        "machine": machine() | {"files_on": run("stat", "-f", "-c", "%T", bench.work).strip()},
+        "peers": peers(),
+        "components": {},
+    }
+    out = bench.repo / "docs/bench" / f"{args.label or ('quick' if args.quick else 'latest')}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.exists():
+        # Components that are not run now keep their figures, if they are of the same code.
+        before = json.loads(out.read_text())
+        if before["commit"] == result["commit"]:
+            result["components"] = before["components"]
+    for name in args.components:
+        tables = []
+        for title, rows in COMPONENTS[name].tables(bench):
+            print(f"\n{name}: {title}\n", flush=True)
+            if rows:
+                print_table(rows)
+                tables.append({"measured": title, "rows": rows})
+        result["components"][name] = tables
+        out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
+    print(f"\nwritten to {out.relative_to(bench.repo)}")
+
+
+main()
