@@ -42,7 +42,7 @@ cut() {
     done
     # Not flushed: these may be lost.
     for n in "${!CACHES[@]}"; do
-        blkdiscard -z -o $((20 * MIB)) -l $MIB "/dev/ublkb$n"
+        blkdiscard -z -o $((20 * MIB)) -l $((64 * KIB)) "/dev/ublkb$n"
     done
 }
 
@@ -58,7 +58,7 @@ check() {
         for range in "${DISCARDED[@]}" "${ZEROED[@]}"; do fallocate -p -o "${range% *}" -l "${range#* }" expected.raw; done
         pattern "$n" | dd of=expected.raw bs=512 seek=$((WRITTEN / 512)) conv=notrunc iflag=fullblock status=none
         # Zeros, or what was there before, and each block wholly so.
-        for ((block = 20 * MIB >> 12; block < 21 * MIB >> 12; block++)); do
+        for ((block = 20 * MIB >> 12; block < (20 * MIB >> 12) + 16; block++)); do
             cmp -s -n 4096 -i $((block << 12)):0 "/dev/ublkb$n" /dev/zero || continue
             dd if=/dev/zero of=expected.raw bs=4096 seek=$block count=1 conv=notrunc status=none
         done
