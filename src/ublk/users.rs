@@ -19,6 +19,9 @@ pub(super) fn of(id: u32) -> Option<String> {
     if let Some(holder) = held(&disk) {
         return Some(format!("{holder} is on it"));
     }
+    if let Some(device) = looped(&disk) {
+        return Some(format!("{device} is on it"));
+    }
     // Whoever mounts, maps or swaps holds it exclusively, in whatever namespace.
     let exclusive = OpenOptions::new().read(true).custom_flags(libc::O_EXCL).open(Path::new("/dev").join(disk));
     match exclusive {
@@ -58,6 +61,16 @@ fn held(disk: &str) -> Option<String> {
         Ok(name) => Some(format!("{} ({device})", name.trim())),
         Err(_) => Some(device),
     }
+}
+
+/// A loop device on this disk or on one of its partitions: no process has it open, and nobody holds it.
+fn looped(disk: &str) -> Option<String> {
+    fs::read_dir("/sys/block").ok()?.flatten().find_map(|entry| {
+        let file = fs::read_to_string(entry.path().join("loop/backing_file")).ok()?;
+        let name = file.trim().strip_prefix("/dev/")?;
+        let after = name.strip_prefix(disk)?;
+        (after.is_empty() || after.starts_with('p')).then(|| entry.file_name().to_string_lossy().into_owned())
+    })
 }
 
 /// Where one of the devices is mounted: as the first process sees it, since ours may see less.

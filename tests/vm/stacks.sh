@@ -58,7 +58,7 @@ vgremove -qqfy ferried >/dev/null
 pvremove -qq /dev/ublkb0 >/dev/null
 
 loop=$(losetup -f --show /dev/ublkb0)
-refuses "in use" blkferry detach web --incomplete
+refuses "${loop#/dev/} is on it" blkferry detach web --incomplete
 cmp -n $((4 << 20)) -i $((72 << 20)) "$loop" source.raw
 losetup -d "$loop"
 blkferry set web hydrate=auto
