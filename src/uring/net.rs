@@ -10,7 +10,7 @@ use std::os::unix::net::{UnixListener, UnixStream};
 use std::path::{Path, PathBuf};
 use std::ptr;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use io_uring::{opcode, types};
 use nix::libc;
@@ -20,6 +20,8 @@ use super::reactor::submit;
 
 /// Zeros that are sent or written without being stored.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
+/// How long a process that was killed may go on to hold its socket.
+const DYING: Duration = Duration::from_secs(1);
 /// Parts handed to one sendmsg(2); the kernel's own limit (IOV_MAX) is 1024.
 const MAX_PARTS_PER_SEND: usize = 256;
 
@@ -329,7 +331,7 @@ pub fn bind_private(path: &Path) -> Result<UnixListener, BindError> {
     let refused = |e| BindError::Refused(path.display().to_string(), e);
     match fs::symlink_metadata(path) {
         Ok(meta) if !meta.file_type().is_socket() => return Err(BindError::NotASocket(path.into())),
-        Ok(_) if somebody_listens(path) => return Err(BindError::Taken(path.into())),
+        Ok(_) if is_taken(path) => return Err(BindError::Taken(path.into())),
         Ok(_) => fs::remove_file(path).map_err(refused)?,
         Err(_) => {}
     }
@@ -338,16 +340,32 @@ pub fn bind_private(path: &Path) -> Result<UnixListener, BindError> {
     Ok(listener)
 }
 
-/// The kernel may keep a killed process's socket open for a moment, while it takes its ring apart: whoever listens
-/// counts only if the process is alive.
-fn somebody_listens(path: &Path) -> bool {
-    let Ok(stream) = UnixStream::connect(path) else { return false };
-    let Ok(peer) = nix::sys::socket::getsockopt(&stream, nix::sys::socket::sockopt::PeerCredentials) else {
-        return true;
-    };
-    let process = nix::unistd::Pid::from_raw(peer.pid());
-    // Process 0 is one that this process cannot see.
-    peer.pid() == 0 || nix::sys::signal::kill(process, None) != Err(nix::errno::Errno::ESRCH)
+/// Does somebody listen there, and go on doing so? A process that was just killed takes a moment to be gone.
+fn is_taken(path: &Path) -> bool {
+    let started = Instant::now();
+    loop {
+        match listener_of(path) {
+            None => return false,
+            Some(pid) if pid == std::process::id() as i32 || started.elapsed() > DYING => return true,
+            Some(_) => std::thread::sleep(Duration::from_millis(10)),
+        }
+    }
+}
+
+/// The process that listens on a socket; 0 for one that this process cannot see. The kernel may keep the socket of a
+/// dead one open, while it takes its ring apart: that is nobody.
+fn listener_of(path: &Path) -> Option<i32> {
+    let stream = UnixStream::connect(path).ok()?;
+    let peer = nix::sys::socket::getsockopt(&stream, nix::sys::socket::sockopt::PeerCredentials);
+    let pid = peer.map_or(0, |peer| peer.pid());
+    // Z and X, after the name in parentheses: proc(5).
+    let is_dead = |stat: &str| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X']));
+    match fs::read_to_string(format!("/proc/{pid}/stat")) {
+        _ if pid == 0 => Some(0),
+        Ok(stat) if is_dead(&stat) => None,
+        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
+        _ => Some(pid),
+    }
 }
 
 impl AsFd for Listener {

@@ -31,9 +31,11 @@ fn wire_of(device: &Device<'_>, relay: &Relay) -> Value {
     status["wire"].clone()
 }
 
-/// The relay and the device count the same: bytes received to the byte.
+/// The relay and the device count the same.
 fn assert_counts_agree(wire: &Value, relay: &Relay) {
-    assert_eq!(wire["received_bytes"], relay.received(), "received, by the device and by the relay");
+    // A handshake that was under way when the device became complete and hung up is in no count of its own.
+    let (told, counted) = (wire["received_bytes"].as_u64().unwrap(), relay.received());
+    assert!(told <= counted && counted - told <= 512, "received: {told} told, {counted} counted");
     let (told, counted) = (wire["sent_bytes"].as_u64().unwrap(), relay.to_source());
     // Requests. What the handshakes sent may be left out.
     assert!(told <= counted && counted - told <= relay.connections() * 512, "sent: {told} told, {counted} counted");
