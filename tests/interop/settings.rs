@@ -168,6 +168,8 @@ fn verify_finds_a_spoilt_byte_by_hash_and_by_data() {
         let device = attach_in(&world, Phase::Before, &uri, &cache, &[]);
         // In part present: what is not here, and what was written here, is left out and counted.
         qemu_io(&device.uri, &["read 0 4M", "write -P 9 1M 64K"]);
+        // Readers are answered before what they read is in the cache.
+        device.wait_for(|status| status["bytes"]["present"] == (4 << 20));
         let (report, same) = verify(&device);
         assert!(same, "{report}");
         assert_eq!(report["same_bytes"], (4 << 20) - (64 << 10), "{report}");

@@ -16,6 +16,26 @@ fail() {
     exit 1
 }
 
+# What hangs is shown before the machine's time is up: who waits where, in the daemons and in the kernel.
+show_what_hangs() {
+    sleep 200
+    echo "HANGS: after 200 s; what runs, and where it waits:"
+    ps -eLo pid,tid,stat,wchan:32,args 2>/dev/null || ps
+    for pid in $(pgrep 'blkferry|ublk|fio'); do
+        echo "--- $pid $(tr '\0' ' ' <"/proc/$pid/cmdline")"
+        for thread in "/proc/$pid/task/"*; do
+            echo "$(<"$thread/comm"): $(tr '\n' ' ' <"$thread/stack")"
+        done
+    done
+    for log in /run/blkferry/*.log; do
+        echo "--- $log" && tail -n 20 "$log"
+    done
+    timeout 10 blkferry list --json
+    echo w >/proc/sysrq-trigger
+    dmesg | tail -n 100
+}
+show_what_hangs &
+
 # wait_for SECONDS COMMAND...: until it succeeds
 wait_for() {
     local tries=$(($1 * 20))
