@@ -130,13 +130,21 @@ async fn serve_tag(file: FileIo, tag: Tag) -> io::Result<()> {
 async fn perform(file: &FileIo, tag: &mut Tag, request: &Request, buffer: Vec<u8>) -> (io::Result<u32>, Vec<u8>) {
     let (at, len) = (request.offset_bytes, request.len_bytes as usize);
     let fua = request.flags.contains(RequestFlags::FUA);
+    let done = match request.operation {
+        Operation::Read => file.read_now(&mut tag.room()[..len], at),
+        Operation::Write if !fua => file.write_now(tag.bytes(len), at),
+        _ => 0,
+    };
+    if len > 0 && done == len {
+        return (Ok(len as u32), buffer);
+    }
     let result = match request.operation {
         Operation::Read => {
             let (result, buffer) = file.read_exact_at(buffer, 0..len, at).await;
             tag.room()[..len].copy_from_slice(&buffer[..len]);
             return (result.map(|()| len as u32), buffer);
         }
-        Operation::Write => file.write_all_at(Part::Owned(tag.bytes(len)), at, fua).await.map(|()| len as u32),
+        Operation::Write => file.write_all_at(Part::Owned(tag.bytes(len).to_vec()), at, fua).await.map(|()| len as u32),
         // This blocks the queue, and its other requests with it.
         Operation::Flush => nix::unistd::fdatasync(file.fd()).map(|()| 0).map_err(io::Error::from),
         Operation::Discard => file.zero_at(at, request.len_bytes, ZeroMode::Punch, false).await.map(|()| 0),

@@ -54,6 +54,33 @@ impl Queue {
         &self.core
     }
 
+    /// Reads a range into `target`, which is as long, if that takes no waiting. False: use [`Queue::read`].
+    pub fn read_now(&self, range: ByteRange, target: &mut [u8]) -> bool {
+        let core = &self.core;
+        if core.health.has_failed() || !core.is_hit(range) || self.cache.read_now(target, range.start) < target.len() {
+            return false;
+        }
+        core.counters.read_bytes.fetch_add(range.len(), Ordering::Relaxed);
+        core.counters.read_hits.fetch_add(1, Ordering::Relaxed);
+        true
+    }
+
+    /// Writes `data` from `offset_bytes` if that takes no waiting. False: use [`Queue::write`].
+    pub fn write_now(&self, offset_bytes: u64, data: &[u8]) -> bool {
+        let core = &self.core;
+        let range = ByteRange::new(offset_bytes, data.len() as u64);
+        if core.health.has_failed() || !core.is_hit(range) {
+            return false;
+        }
+        self.prepare_change(range, false);
+        if self.cache.write_now(data, offset_bytes) < data.len() {
+            return false;
+        }
+        core.counters.writes.fetch_add(1, Ordering::Relaxed);
+        core.counters.written_bytes.fetch_add(range.len(), Ordering::Relaxed);
+        true
+    }
+
     /// Reads a range. Zeros that crossed as holes come as [`Part::Zeros`].
     pub async fn read(&self, range: ByteRange) -> Result<Vec<Part>, Errno> {
         let counters = &self.core.counters;

@@ -241,12 +241,32 @@ async fn serve_tag(server: Rc<Server>, tag: Tag) -> io::Result<()> {
                 return Err(e);
             }
         };
-        let result = server.perform(&mut tag, request).await;
+        let result = match server.perform_now(&mut tag, &request) {
+            Some(done) => done,
+            None => server.perform(&mut tag, request).await,
+        };
         next = tag.commit_and_fetch(result.map_err(|errno| errno.0)).await;
     }
 }
 
 impl Server {
+    /// Does what takes no waiting: most hits, with one copy between the tag's buffer and the page cache.
+    fn perform_now(&self, tag: &mut Tag, request: &Request) -> Option<Result<u32, Errno>> {
+        let range = ByteRange::new(request.offset_bytes, request.len_bytes);
+        let len = usize::try_from(request.len_bytes).ok().filter(|&len| len <= tag.capacity())?;
+        if range.end > self.queue.core().geometry().size_bytes() {
+            return None;
+        }
+        let done = match request.operation {
+            Operation::Read => self.queue.read_now(range, &mut tag.room()[..len]),
+            Operation::Write if !request.flags.contains(RequestFlags::FUA) => {
+                self.queue.write_now(range.start, tag.bytes(len))
+            }
+            _ => false,
+        };
+        done.then_some(Ok(len as u32))
+    }
+
     /// Does what the kernel wants, unless the device is stopped meanwhile and it does not end.
     async fn perform(&self, tag: &mut Tag, request: Request) -> Result<u32, Errno> {
         let hurry = self.hurry.listen();
@@ -274,7 +294,7 @@ impl Server {
                 fill(tag.room(), &parts)
             }
             Operation::Write => {
-                let data = tag.bytes(request.len_bytes as usize);
+                let data = tag.bytes(request.len_bytes as usize).to_vec();
                 self.queue.write(range.start, data, fua).await?;
                 Ok(request.len_bytes as u32)
             }

@@ -159,13 +159,13 @@ impl Tag {
         self.area.buffer_bytes
     }
 
-    /// A copy of the first bytes: what a write brought.
-    pub fn bytes(&self, len: usize) -> Vec<u8> {
+    /// The first bytes: what a write brought.
+    pub fn bytes(&self, len: usize) -> &[u8] {
         assert!(len <= self.capacity(), "a request is not larger than a buffer");
         let start = self.area.buffer(self.tag);
         // SAFETY: within this tag's buffer, as just checked; the kernel does not write to it while the tag is
-        // here, and the borrow of `self` keeps `fill` away.
-        unsafe { std::slice::from_raw_parts(start.as_ptr(), len) }.to_vec()
+        // here, and the borrow of `self` keeps `room` away.
+        unsafe { std::slice::from_raw_parts(start.as_ptr(), len) }
     }
 
     /// Room for what a read is answered with.

@@ -12,6 +12,7 @@ use nix::libc;
 use nix::unistd::{Whence, lseek};
 
 use super::net::Part;
+use super::now::NowIo;
 use super::reactor::submit;
 
 /// Bytes of a page: the unit of direct I/O and of the page cache.
@@ -48,15 +49,18 @@ pub struct FileExtent {
     pub hole: bool,
 }
 
-/// A file for positioned I/O through the ring of whichever thread calls.
+/// A file for positioned I/O: at once where the page cache allows it, else through the ring of whichever thread
+/// calls.
 #[derive(Clone, Debug)]
 pub struct FileIo {
     fd: Arc<OwnedFd>,
+    now: Arc<NowIo>,
 }
 
 impl From<File> for FileIo {
     fn from(file: File) -> Self {
-        Self { fd: Arc::new(file.into()) }
+        let now = Arc::new(NowIo::of(&file));
+        Self { fd: Arc::new(file.into()), now }
     }
 }
 
@@ -101,6 +105,18 @@ impl FileIo {
         extents
     }
 
+    /// Fills `target` from `offset_bytes` if that takes no waiting; how many bytes of it are filled.
+    /// For the rest, and for the reason, there is [`FileIo::read_exact_at`].
+    pub fn read_now(&self, target: &mut [u8], offset_bytes: u64) -> usize {
+        self.now.read(&self.fd, target, offset_bytes)
+    }
+
+    /// Writes `source` at `offset_bytes` if that takes no waiting, as far as one can tell; how many bytes of it
+    /// are written. For the rest, and for the reason, there is [`FileIo::write_all_at`].
+    pub fn write_now(&self, source: &[u8], offset_bytes: u64) -> usize {
+        self.now.write(&self.fd, source, offset_bytes)
+    }
+
     /// Reads exactly `at.len()` bytes from `offset_bytes` into `buf[at]`; the buffer comes back either way.
     /// The end of the file is an error ([`io::ErrorKind::UnexpectedEof`]).
     pub async fn read_exact_at(
@@ -109,7 +125,7 @@ impl FileIo {
         at: Range<usize>,
         offset_bytes: u64,
     ) -> (io::Result<()>, Vec<u8>) {
-        let mut done = 0;
+        let mut done = self.read_now(&mut buf[at.clone()], offset_bytes);
         let want = at.len();
         while done < want {
             let start = at.start + done;
@@ -138,7 +154,7 @@ impl FileIo {
 
     /// Writes the whole part at `offset_bytes`. With `dsync` the data is durable when this returns (RWF_DSYNC).
     pub async fn write_all_at(&self, mut part: Part, offset_bytes: u64, dsync: bool) -> io::Result<()> {
-        let mut done = 0;
+        let mut done = if dsync { 0 } else { self.write_now(part.slice_at(0, usize::MAX >> 1), offset_bytes) };
         let want = part.len();
         let flags = if dsync { libc::RWF_DSYNC } else { 0 };
         while done < want {

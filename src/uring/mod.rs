@@ -18,7 +18,9 @@
 mod budget;
 mod command;
 mod file;
+mod idle;
 mod net;
+mod now;
 mod probe;
 mod reactor;
 mod shared;

@@ -22,6 +22,8 @@ use super::reactor::submit;
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
 /// How long a process that was killed may go on to hold its socket.
 const DYING: Duration = Duration::from_secs(1);
+/// Most that is tried to be sent on the spot.
+const MAX_SENT_NOW_BYTES: usize = 32 << 10;
 /// Parts handed to one sendmsg(2); the kernel's own limit (IOV_MAX) is 1024.
 const MAX_PARTS_PER_SEND: usize = 256;
 
@@ -170,29 +172,34 @@ impl Connection {
 
     /// Sends all parts, in order. The caller makes sure that one send runs at a time.
     pub async fn send(&self, mut parts: Vec<Part>) -> io::Result<()> {
-        let mut first = 0;
-        let mut skip = 0;
+        // What is short fits into the socket's buffer: no way through the ring for it.
+        let is_short = parts.iter().map(Part::len).sum::<usize>() <= MAX_SENT_NOW_BYTES;
+        let sent = if is_short { self.send_now(&parts) } else { 0 };
+        let (mut first, mut skip) = after(&parts, 0, 0, sent);
         while first < parts.len() {
-            if parts[first].len() == skip {
-                first += 1;
-                skip = 0;
-                continue;
-            }
             let (result, back) = self.send_some(parts, first, skip).await;
             parts = back;
-            let mut sent = match result {
+            let sent = match result {
                 Ok(n) => n,
                 Err(e) if e.kind() == io::ErrorKind::Interrupted => 0,
                 Err(e) => return Err(e),
             };
-            while first < parts.len() && sent >= parts[first].len() - skip {
-                sent -= parts[first].len() - skip;
-                skip = 0;
-                first += 1;
-            }
-            skip += sent;
+            (first, skip) = after(&parts, first, skip, sent);
         }
         Ok(())
+    }
+
+    /// Sends what the socket takes without waiting; how many bytes. An error comes again from the ring.
+    fn send_now(&self, parts: &[Part]) -> usize {
+        let vectors = vectors(parts, 0);
+        // SAFETY: a msghdr of zeros is a valid empty message.
+        let mut header: libc::msghdr = unsafe { std::mem::zeroed() };
+        header.msg_iov = vectors.as_ptr().cast_mut();
+        header.msg_iovlen = vectors.len();
+        // SAFETY: the vectors name bytes of `parts`, borrowed for the call, which only reads them.
+        let sent =
+            unsafe { libc::sendmsg(self.fd.as_raw_fd(), &raw const header, libc::MSG_NOSIGNAL | libc::MSG_DONTWAIT) };
+        usize::try_from(sent).unwrap_or(0)
     }
 
     async fn send_some(&self, parts: Vec<Part>, first: usize, skip: usize) -> (io::Result<usize>, Vec<Part>) {
@@ -204,7 +211,7 @@ impl Connection {
         // when the entry is built; nothing touches them until the completion.
         let op = unsafe {
             submit(send, |s| {
-                s.fill(first, skip);
+                s.vectors = vectors(&s.parts[first..], skip);
                 s.header.msg_iov = s.vectors.as_mut_ptr();
                 s.header.msg_iovlen = s.vectors.len();
                 let flags = (libc::MSG_NOSIGNAL | libc::MSG_WAITALL) as u32;
@@ -226,21 +233,32 @@ impl Connection {
     }
 }
 
-impl SendOp {
-    fn fill(&mut self, first: usize, skip: usize) {
-        let mut start = skip;
-        for part in &self.parts[first..] {
-            while start < part.len() && self.vectors.len() < MAX_PARTS_PER_SEND {
-                let slice = part.slice_at(start, usize::MAX >> 1);
-                start += slice.len();
-                self.vectors.push(libc::iovec { iov_base: slice.as_ptr().cast_mut().cast(), iov_len: slice.len() });
-            }
-            start = 0;
-            if self.vectors.len() == MAX_PARTS_PER_SEND {
-                return;
-            }
+/// What to hand to sendmsg(2), from byte `skip` of the first part.
+fn vectors(parts: &[Part], skip: usize) -> Vec<libc::iovec> {
+    let mut vectors = Vec::with_capacity(parts.len().min(MAX_PARTS_PER_SEND));
+    let mut start = skip;
+    for part in parts {
+        while start < part.len() && vectors.len() < MAX_PARTS_PER_SEND {
+            let slice = part.slice_at(start, usize::MAX >> 1);
+            start += slice.len();
+            vectors.push(libc::iovec { iov_base: slice.as_ptr().cast_mut().cast(), iov_len: slice.len() });
+        }
+        start = 0;
+        if vectors.len() == MAX_PARTS_PER_SEND {
+            break;
         }
     }
+    vectors
+}
+
+/// Where to go on (part, byte of it) when `sent` more bytes are gone. Never at the end of a part.
+fn after(parts: &[Part], mut first: usize, mut skip: usize, mut sent: usize) -> (usize, usize) {
+    while first < parts.len() && sent >= parts[first].len() - skip {
+        sent -= parts[first].len() - skip;
+        skip = 0;
+        first += 1;
+    }
+    (first, skip + sent)
 }
 
 /// Runs a blocking call on a thread of its own.

@@ -12,7 +12,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::task::{Context, Poll, Waker};
 use std::thread::ThreadId;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use async_task::Runnable;
 use crossbeam::queue::SegQueue;
@@ -20,6 +20,7 @@ use io_uring::{IoUring, opcode, squeue, types};
 use nix::sys::eventfd::{EfdFlags, EventFd};
 use slab::Slab;
 
+use super::idle::Lookout;
 use super::probe::{UringError, uring_error};
 
 /// Submission queue entries of a ring; a full queue is submitted and refilled, so this bounds a batch only.
@@ -28,6 +29,8 @@ const SQ_ENTRIES: u32 = 256;
 const CQ_ENTRIES: u32 = 8192;
 /// Tasks run between two looks at the completion queue, so that a busy task list cannot starve I/O.
 const TASKS_PER_TURN: usize = 256;
+/// io_uring_enter(2): let the kernel complete what it can. Without it, it only takes submissions.
+const IORING_ENTER_GETEVENTS: u32 = 1;
 /// `user_data` of cancel requests, whose completion nobody waits for.
 const NOBODY: u64 = u64::MAX;
 
@@ -75,6 +78,7 @@ struct Inner {
     ring: RefCell<IoUring>,
     ops: RefCell<Slab<OpState>>,
     shared: Arc<Shared>,
+    lookout: Lookout,
 }
 
 /// One thread's event loop on its own ring.
@@ -93,7 +97,8 @@ impl Reactor {
             bell,
             rung: AtomicBool::new(false),
         });
-        let inner = Rc::new(Inner { ring: RefCell::new(ring), ops: RefCell::new(Slab::new()), shared });
+        let (ring, ops) = (RefCell::new(ring), RefCell::default());
+        let inner = Rc::new(Inner { ring, ops, shared, lookout: Lookout::new() });
         Ok(Self { inner })
     }
 
@@ -104,13 +109,13 @@ impl Reactor {
         let _bell = spawn(listen_to_bell(self.inner.shared.clone()));
         let mut main = std::pin::pin!(spawn(main));
         let result = loop {
-            self.inner.run_ready();
+            let tasks = self.inner.run_ready();
             // Looked at after every round of tasks and before every wait, so that it needs no waker.
             let mut context = Context::from_waker(Waker::noop());
             if let Poll::Ready(value) = main.as_mut().poll(&mut context) {
                 break Ok(value);
             }
-            if let Err(e) = self.inner.wait() {
+            if let Err(e) = self.inner.turn(tasks) {
                 break Err(e);
             }
         };
@@ -141,27 +146,63 @@ fn build_ring() -> io::Result<IoUring> {
 }
 
 impl Inner {
-    fn run_ready(&self) {
-        for _ in 0..TASKS_PER_TURN {
+    /// How many tasks it was.
+    fn run_ready(&self) -> usize {
+        for tasks in 0..TASKS_PER_TURN {
             match self.shared.ready.pop() {
                 Some(task) => task.run(),
-                None => break,
+                None => return tasks,
             };
         }
+        TASKS_PER_TURN
     }
 
     /// Submits what the tasks queued, and waits for a completion if there is nothing to run.
-    fn wait(&self) -> io::Result<()> {
-        let want = usize::from(self.shared.ready.is_empty());
-        let outcome = self.ring.borrow().submit_and_wait(want);
-        match outcome {
-            Ok(_) => {}
-            // EBUSY: the completion queue overflowed; reaping below makes room.
-            Err(e) if matches!(e.raw_os_error(), Some(nix::libc::EINTR | nix::libc::EBUSY | nix::libc::EAGAIN)) => {}
-            Err(e) => return Err(e),
+    fn turn(&self, tasks: usize) -> io::Result<()> {
+        if self.shared.ready.is_empty() {
+            self.wait(self.lookout.window(tasks))?;
+        } else if self.has_news() || !self.ring.borrow_mut().submission().is_empty() {
+            self.enter(0)?;
         }
         self.reap();
         Ok(())
+    }
+
+    fn wait(&self, window: Duration) -> io::Result<()> {
+        let before = Instant::now();
+        if !window.is_zero() {
+            self.enter(0)?;
+            while !self.has_news() && self.shared.ready.is_empty() && before.elapsed() < window {
+                std::hint::spin_loop();
+            }
+        }
+        let want = u32::from(self.shared.ready.is_empty() && self.ring.borrow_mut().completion().is_empty());
+        self.enter(want)?;
+        self.lookout.learn(before.elapsed());
+        Ok(())
+    }
+
+    /// Has the kernel completions, or work that will become some when it is entered?
+    fn has_news(&self) -> bool {
+        let mut ring = self.ring.borrow_mut();
+        ring.submission().taskrun() || !ring.completion().is_empty()
+    }
+
+    /// Hands over what is queued, lets the kernel do its share of this thread's work, and waits for `want`
+    /// completions.
+    fn enter(&self, want: u32) -> io::Result<()> {
+        let mut ring = self.ring.borrow_mut();
+        let queued = ring.submission().len() as u32;
+        // SAFETY: the submitter's own parameters: as many entries as are queued, and no argument.
+        let outcome = unsafe { ring.submitter().enter::<()>(queued, want, IORING_ENTER_GETEVENTS, None) };
+        match outcome {
+            Ok(_) => Ok(()),
+            // EBUSY: the completion queue overflowed; reaping makes room.
+            Err(e) if matches!(e.raw_os_error(), Some(nix::libc::EINTR | nix::libc::EBUSY | nix::libc::EAGAIN)) => {
+                Ok(())
+            }
+            Err(e) => Err(e),
+        }
     }
 
     fn reap(&self) {

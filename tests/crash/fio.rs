@@ -67,7 +67,7 @@ impl Job {
 fn kill_amid_writes<'a>(world: &'a World, source: &str, cache: &Path, device: Device<'a>, other: &Job) -> Device<'a> {
     let before = written(&device.status());
     let mut arguments = other.arguments(&device.uri, HALF, "randwrite");
-    arguments.extend(["--do_verify=0", "--time_based", "--runtime=60"].map(String::from));
+    arguments.extend(["--verify_state_save=0", "--do_verify=0", "--time_based", "--runtime=60"].map(String::from));
     let mut fio = Command::new("fio").args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     device.wait_for(|status| written(status) > before + 100_000);
     device.kill_daemon();
