@@ -10,7 +10,7 @@ use std::path::{Path, PathBuf};
 use blkferry::daemon::wait_for_stop_signal;
 use blkferry::ublk::{Channel, Device, MAX_DEPTH, MAX_QUEUES, Next, Operation, Params, Request, RequestFlags, Tag};
 use blkferry::ublk::{UblkError, Wanted, keep_descriptors, prepare_process};
-use blkferry::uring::{FileIo, Part, Reactor, ZeroMode, spawn};
+use blkferry::uring::{FileIo, Reactor, ZeroMode, spawn};
 use clap::Parser;
 use crossbeam::channel::{Sender, bounded, unbounded};
 use futures_util::future::join_all;
@@ -113,43 +113,35 @@ fn run(channel: &Channel, index: u16, file: &FileIo, broken: &Sender<UblkError>)
 }
 
 async fn serve_tag(file: FileIo, tag: Tag) -> io::Result<()> {
-    let mut buffer = vec![0; tag.capacity()];
     let mut next = tag.fetch().await;
     loop {
-        let (mut tag, request) = match next {
+        let (tag, request) = match next {
             Next::Request(tag, request) => (tag, request),
             Next::Stopped => return Ok(()),
             Next::Failed(e) => return Err(e),
         };
-        let result;
-        (result, buffer) = perform(&file, &mut tag, &request, buffer).await;
+        let (result, tag) = perform(&file, tag, &request).await;
         next = tag.commit_and_fetch(result.map_err(|e| e.raw_os_error().unwrap_or(EIO))).await;
     }
 }
 
-async fn perform(file: &FileIo, tag: &mut Tag, request: &Request, buffer: Vec<u8>) -> (io::Result<u32>, Vec<u8>) {
+async fn perform(file: &FileIo, tag: Tag, request: &Request) -> (io::Result<u32>, Tag) {
     let (at, len) = (request.offset_bytes, request.len_bytes as usize);
     let fua = request.flags.contains(RequestFlags::FUA);
-    let done = match request.operation {
-        Operation::Read => file.read_now(&mut tag.room()[..len], at),
-        Operation::Write if !fua => file.write_now(tag.bytes(len), at),
-        _ => 0,
-    };
-    if len > 0 && done == len {
-        return (Ok(len as u32), buffer);
-    }
     let result = match request.operation {
         Operation::Read => {
-            let (result, buffer) = file.read_exact_at(buffer, 0..len, at).await;
-            tag.room()[..len].copy_from_slice(&buffer[..len]);
-            return (result.map(|()| len as u32), buffer);
+            let (result, tag) = file.read_exact_at(tag, 0..len, at).await;
+            return (result.map(|()| len as u32), tag);
         }
-        Operation::Write => file.write_all_at(Part::Owned(tag.bytes(len).to_vec()), at, fua).await.map(|()| len as u32),
+        Operation::Write => {
+            let (result, tag) = file.write_from(tag, len, at, fua).await;
+            return (result.map(|()| len as u32), tag);
+        }
         // This blocks the queue, and its other requests with it.
         Operation::Flush => nix::unistd::fdatasync(file.fd()).map(|()| 0).map_err(io::Error::from),
         Operation::Discard => file.zero_at(at, request.len_bytes, ZeroMode::Punch, false).await.map(|()| 0),
         Operation::WriteZeroes => file.zero_at(at, request.len_bytes, ZeroMode::KeepAllocated, false).await.map(|()| 0),
         Operation::Unknown(_) => Err(io::ErrorKind::Unsupported.into()),
     };
-    (result, buffer)
+    (result, tag)
 }

@@ -16,6 +16,7 @@
 mod committer;
 mod core;
 mod fetcher;
+mod hits;
 mod hydration;
 mod hydrator;
 mod messages;

@@ -36,9 +36,9 @@ struct Open {
 
 /// See the module's page. Lives on one thread.
 pub struct Queue {
-    core: Arc<Core>,
+    pub(super) core: Arc<Core>,
     index: u16,
-    cache: FileIo,
+    pub(super) cache: FileIo,
     open: RefCell<HashMap<OpId, Open>>,
     next: Cell<u64>,
 }
@@ -54,42 +54,14 @@ impl Queue {
         &self.core
     }
 
-    /// Reads a range into `target`, which is as long, if that takes no waiting. False: use [`Queue::read`].
-    pub fn read_now(&self, range: ByteRange, target: &mut [u8]) -> bool {
-        let core = &self.core;
-        if core.health.has_failed() || !core.is_hit(range) || self.cache.read_now(target, range.start) < target.len() {
-            return false;
-        }
-        core.counters.read_bytes.fetch_add(range.len(), Ordering::Relaxed);
-        core.counters.read_hits.fetch_add(1, Ordering::Relaxed);
-        true
-    }
-
-    /// Writes `data` from `offset_bytes` if that takes no waiting. False: use [`Queue::write`].
-    pub fn write_now(&self, offset_bytes: u64, data: &[u8]) -> bool {
-        let core = &self.core;
-        let range = ByteRange::new(offset_bytes, data.len() as u64);
-        if core.health.has_failed() || !core.is_hit(range) {
-            return false;
-        }
-        self.prepare_change(range, false);
-        if self.cache.write_now(data, offset_bytes) < data.len() {
-            return false;
-        }
-        core.counters.writes.fetch_add(1, Ordering::Relaxed);
-        core.counters.written_bytes.fetch_add(range.len(), Ordering::Relaxed);
-        true
-    }
-
     /// Reads a range. Zeros that crossed as holes come as [`Part::Zeros`].
     pub async fn read(&self, range: ByteRange) -> Result<Vec<Part>, Errno> {
+        if self.is_hit(range) {
+            let (result, bytes) = self.read_hit(range, vec![0; range.len() as usize]).await;
+            return result.map(|()| vec![Part::Owned(bytes)]);
+        }
         let counters = &self.core.counters;
         counters.read_bytes.fetch_add(range.len(), Ordering::Relaxed);
-        if self.core.is_hit(range) {
-            counters.read_hits.fetch_add(1, Ordering::Relaxed);
-            self.check_health()?;
-            return Ok(vec![Part::Owned(self.read_cache(range).await?)]);
-        }
         counters.read_misses.fetch_add(1, Ordering::Relaxed);
         let (result, mut pieces) = self.submit(OpKind::Read, range, Vec::new()).await;
         result?;
@@ -100,16 +72,11 @@ impl Queue {
     /// Writes `data` from `offset_bytes`.
     pub async fn write(&self, offset_bytes: u64, data: Vec<u8>, fua: bool) -> Result<(), Errno> {
         let range = ByteRange::new(offset_bytes, data.len() as u64);
-        let counters = &self.core.counters;
-        counters.writes.fetch_add(1, Ordering::Relaxed);
-        counters.written_bytes.fetch_add(range.len(), Ordering::Relaxed);
-        if !self.core.is_hit(range) {
-            return self.submit(OpKind::Write { fua }, range, data).await.0;
+        if self.is_hit(range) {
+            return self.write_hit(range, data, fua).await.0;
         }
-        self.check_health()?;
-        let dsync = self.prepare_change(range, fua);
-        self.cache.write_all_at(Part::Owned(data), range.start, dsync).await.map_err(|e| self.io_error("write", &e))?;
-        self.finish_change(fua && !dsync).await
+        self.count_write(range);
+        self.submit(OpKind::Write { fua }, range, data).await.0
     }
 
     /// Makes a range read as zeros.
@@ -196,23 +163,6 @@ impl Queue {
             extents.push(FileExtent { len_bytes: range.len(), hole: false });
         }
         extents
-    }
-
-    // ---- hits --------------------------------------------------------------------------------------
-
-    fn check_health(&self) -> Result<(), Errno> {
-        if self.core.health.has_failed() { Err(Errno::EIO) } else { Ok(()) }
-    }
-
-    /// Before a change of present blocks. True: with RWF_DSYNC the write alone is durable, bits and all.
-    fn prepare_change(&self, range: ByteRange, fua: bool) -> bool {
-        let blocks = self.core.geometry().covering(range);
-        self.core.maps().mark_dirty(blocks);
-        fua && self.core.maps().is_committed(blocks)
-    }
-
-    async fn finish_change(&self, flush: bool) -> Result<(), Errno> {
-        if flush { self.flush().await } else { Ok(()) }
     }
 
     // ---- through the engine ------------------------------------------------------------------------
@@ -311,7 +261,7 @@ impl Queue {
         }
     }
 
-    fn io_error(&self, what: &str, error: &io::Error) -> Errno {
+    pub(super) fn io_error(&self, what: &str, error: &io::Error) -> Errno {
         log::error!("cache: {what}: {error}");
         Errno::from(error)
     }

@@ -233,7 +233,7 @@ async fn hurry(server: Rc<Server>, let_go: Mailbox<()>) {
 async fn serve_tag(server: Rc<Server>, tag: Tag) -> io::Result<()> {
     let mut next = tag.fetch().await;
     loop {
-        let (mut tag, request) = match next {
+        let (tag, request) = match next {
             Next::Request(tag, request) => (tag, request),
             Next::Stopped => return Ok(()),
             Next::Failed(e) => {
@@ -241,52 +241,60 @@ async fn serve_tag(server: Rc<Server>, tag: Tag) -> io::Result<()> {
                 return Err(e);
             }
         };
-        let result = match server.perform_now(&mut tag, &request) {
-            Some(done) => done,
-            None => server.perform(&mut tag, request).await,
-        };
+        let (result, tag) = server.perform(tag, request).await;
         next = tag.commit_and_fetch(result.map_err(|errno| errno.0)).await;
     }
 }
 
 impl Server {
-    /// Does what takes no waiting: most hits, with one copy between the tag's buffer and the page cache.
-    fn perform_now(&self, tag: &mut Tag, request: &Request) -> Option<Result<u32, Errno>> {
-        let range = ByteRange::new(request.offset_bytes, request.len_bytes);
-        let len = usize::try_from(request.len_bytes).ok().filter(|&len| len <= tag.capacity())?;
-        if range.end > self.queue.core().geometry().size_bytes() {
-            return None;
-        }
-        let done = match request.operation {
-            Operation::Read => self.queue.read_now(range, &mut tag.room()[..len]),
-            Operation::Write if !request.flags.contains(RequestFlags::FUA) => {
-                self.queue.write_now(range.start, tag.bytes(len))
-            }
-            _ => false,
-        };
-        done.then_some(Ok(len as u32))
-    }
-
-    /// Does what the kernel wants, unless the device is stopped meanwhile and it does not end.
-    async fn perform(&self, tag: &mut Tag, request: Request) -> Result<u32, Errno> {
-        let hurry = self.hurry.listen();
-        if self.hurried.get() {
-            return Err(Errno::EIO);
-        }
-        let work = std::pin::pin!(self.work(tag, request));
-        match select(work, hurry).await {
-            Either::Left((result, _)) => result,
-            Either::Right(_) => Err(Errno::EIO),
-        }
-    }
-
-    async fn work(&self, tag: &mut Tag, request: Request) -> Result<u32, Errno> {
+    async fn perform(&self, tag: Tag, request: Request) -> (Result<u32, Errno>, Tag) {
         let range = ByteRange::new(request.offset_bytes, request.len_bytes);
         let moves = matches!(request.operation, Operation::Read | Operation::Write);
         if range.end > self.queue.core().geometry().size_bytes() || (moves && request.len_bytes > tag.capacity() as u64)
         {
-            return Err(Errno::EIO);
+            return (Err(Errno::EIO), tag);
         }
+        if moves && self.queue.is_hit(range) {
+            let (result, tag) = self.hit(tag, range, &request).await;
+            return (result.map(|()| request.len_bytes as u32), tag);
+        }
+        self.in_time(tag, range, &request).await
+    }
+
+    /// Between the cache and the tag's own buffer, without another copy. The cache always answers: nobody hurries
+    /// this.
+    async fn hit(&self, mut tag: Tag, range: ByteRange, request: &Request) -> (Result<(), Errno>, Tag) {
+        let len = range.len() as usize;
+        let fua = request.flags.contains(RequestFlags::FUA);
+        if request.operation == Operation::Read {
+            if self.queue.read_now(range, &mut tag.room()[..len]) {
+                return (Ok(()), tag);
+            }
+            return self.queue.read_hit(range, tag).await;
+        }
+        if !fua && self.queue.write_now(range, tag.bytes(len)) {
+            return (Ok(()), tag);
+        }
+        self.queue.write_hit(range, tag, fua).await
+    }
+
+    /// Does what the kernel wants, unless the device is stopped meanwhile and it does not end.
+    async fn in_time(&self, mut tag: Tag, range: ByteRange, request: &Request) -> (Result<u32, Errno>, Tag) {
+        let hurry = self.hurry.listen();
+        if self.hurried.get() {
+            return (Err(Errno::EIO), tag);
+        }
+        let result = {
+            let work = std::pin::pin!(self.work(&mut tag, range, request));
+            match select(work, hurry).await {
+                Either::Left((result, _)) => result,
+                Either::Right(_) => Err(Errno::EIO),
+            }
+        };
+        (result, tag)
+    }
+
+    async fn work(&self, tag: &mut Tag, range: ByteRange, request: &Request) -> Result<u32, Errno> {
         let fua = request.flags.contains(RequestFlags::FUA);
         match request.operation {
             Operation::Read => {

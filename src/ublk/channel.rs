@@ -177,6 +177,18 @@ impl Tag {
     }
 }
 
+impl AsRef<[u8]> for Tag {
+    fn as_ref(&self) -> &[u8] {
+        self.bytes(self.capacity())
+    }
+}
+
+impl AsMut<[u8]> for Tag {
+    fn as_mut(&mut self) -> &mut [u8] {
+        self.room()
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::super::Operation;

@@ -64,14 +64,38 @@ impl From<File> for FileIo {
     }
 }
 
-struct ReadOp {
+struct ReadOp<B> {
     _fd: Arc<OwnedFd>,
-    buf: Vec<u8>,
+    buf: B,
 }
 
-struct WriteOp {
+struct WriteOp<S> {
     _fd: Arc<OwnedFd>,
-    part: Part,
+    source: S,
+}
+
+/// What can be written piece by piece.
+trait Pieces: 'static {
+    /// At most `max` bytes from `start`; at least one before the end.
+    fn piece(&self, start: usize, max: usize) -> &[u8];
+}
+
+impl Pieces for Part {
+    fn piece(&self, start: usize, max: usize) -> &[u8] {
+        self.slice_at(start, max)
+    }
+}
+
+/// The first bytes of a buffer.
+struct Head<S> {
+    buf: S,
+    len: usize,
+}
+
+impl<S: AsRef<[u8]> + 'static> Pieces for Head<S> {
+    fn piece(&self, start: usize, max: usize) -> &[u8] {
+        &self.buf.as_ref()[start..self.len.min(start + max)]
+    }
 }
 
 impl FileIo {
@@ -119,24 +143,23 @@ impl FileIo {
 
     /// Reads exactly `at.len()` bytes from `offset_bytes` into `buf[at]`; the buffer comes back either way.
     /// The end of the file is an error ([`io::ErrorKind::UnexpectedEof`]).
-    pub async fn read_exact_at(
+    pub async fn read_exact_at<B: AsMut<[u8]> + 'static>(
         &self,
-        mut buf: Vec<u8>,
+        mut buf: B,
         at: Range<usize>,
         offset_bytes: u64,
-    ) -> (io::Result<()>, Vec<u8>) {
-        let mut done = self.read_now(&mut buf[at.clone()], offset_bytes);
+    ) -> (io::Result<()>, B) {
+        let mut done = self.read_now(&mut buf.as_mut()[at.clone()], offset_bytes);
         let want = at.len();
         while done < want {
             let start = at.start + done;
             let len = (want - done).min(MAX_PIECE_BYTES);
-            debug_assert!(start + len <= buf.len());
             let fd = types::Fd(self.fd.as_raw_fd());
             let offset = offset_bytes + done as u64;
-            // SAFETY: descriptor and buffer are owned by the resource; start + len is within the buffer.
+            // SAFETY: descriptor and buffer are owned by the resource; indexing checks the range.
             let op = unsafe {
                 submit(ReadOp { _fd: self.fd.clone(), buf }, |r| {
-                    let target = &mut r.buf[start..start + len];
+                    let target = &mut r.buf.as_mut()[start..start + len];
                     opcode::Read::new(fd, target.as_mut_ptr(), target.len() as u32).offset(offset).build()
                 })
             };
@@ -153,33 +176,53 @@ impl FileIo {
     }
 
     /// Writes the whole part at `offset_bytes`. With `dsync` the data is durable when this returns (RWF_DSYNC).
-    pub async fn write_all_at(&self, mut part: Part, offset_bytes: u64, dsync: bool) -> io::Result<()> {
-        let mut done = if dsync { 0 } else { self.write_now(part.slice_at(0, usize::MAX >> 1), offset_bytes) };
-        let want = part.len();
+    pub async fn write_all_at(&self, part: Part, offset_bytes: u64, dsync: bool) -> io::Result<()> {
+        let len = part.len();
+        self.write_pieces(part, len, offset_bytes, dsync).await.0
+    }
+
+    /// Writes the first `len` bytes of a buffer at `offset_bytes`; the buffer comes back either way.
+    pub async fn write_from<S: AsRef<[u8]> + 'static>(
+        &self,
+        buf: S,
+        len: usize,
+        offset_bytes: u64,
+        dsync: bool,
+    ) -> (io::Result<()>, S) {
+        let (result, head) = self.write_pieces(Head { buf, len }, len, offset_bytes, dsync).await;
+        (result, head.buf)
+    }
+
+    async fn write_pieces<S: Pieces>(
+        &self,
+        mut source: S,
+        want: usize,
+        offset_bytes: u64,
+        dsync: bool,
+    ) -> (io::Result<()>, S) {
+        let mut done = if dsync { 0 } else { self.write_now(source.piece(0, want), offset_bytes) };
         let flags = if dsync { libc::RWF_DSYNC } else { 0 };
         while done < want {
             let len = (want - done).min(MAX_PIECE_BYTES);
             let fd = types::Fd(self.fd.as_raw_fd());
             let offset = offset_bytes + done as u64;
-            let mut piece_len = 0;
             // SAFETY: descriptor and bytes are owned by the resource; the slice is within them.
             let op = unsafe {
-                submit(WriteOp { _fd: self.fd.clone(), part }, |w| {
-                    let source = w.part.slice_at(done, len);
-                    piece_len = source.len();
-                    opcode::Write::new(fd, source.as_ptr(), source.len() as u32).offset(offset).rw_flags(flags).build()
+                submit(WriteOp { _fd: self.fd.clone(), source }, |w| {
+                    let piece = w.source.piece(done, len);
+                    opcode::Write::new(fd, piece.as_ptr(), piece.len() as u32).offset(offset).rw_flags(flags).build()
                 })
             };
             let (result, resource) = op.await;
-            part = resource.part;
+            source = resource.source;
             match result {
-                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(0) => return (Err(io::ErrorKind::WriteZero.into()), source),
                 Ok(n) => done += n as usize,
                 Err(e) if is_transient(&e) => {}
-                Err(e) => return Err(e),
+                Err(e) => return (Err(e), source),
             }
         }
-        Ok(())
+        (Ok(()), source)
     }
 
     /// Free bytes of the file system that the file is on, for those who are not root.
