@@ -133,6 +133,7 @@ fn a_refusal_reaches_the_guest_and_is_not_remembered() {
         source.hold_all();
         let both = [client.start_read(20 * BLOCK, 4096), client.start_read(20 * BLOCK + 512, 512)];
         source.wait_held(1);
+        device.wait_for(|status| status["frontend"]["waiting_requests"] == 2);
         source.lie(Lie::Refusal(NbdError::Io));
         source.let_go();
         both.iter().for_each(|cookie| assert_eq!(client.wait(*cookie), Err(NbdError::Io)));

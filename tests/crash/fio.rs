@@ -44,6 +44,7 @@ impl Job {
             format!("--randseed={}", self.seed),
             "--verify=crc32c".into(),
             "--verify_fatal=1".into(),
+            "--verify_state_save=0".into(),
             "--thread=1".into(),
         ]
         .into()
@@ -67,7 +68,7 @@ impl Job {
 fn kill_amid_writes<'a>(world: &'a World, source: &str, cache: &Path, device: Device<'a>, other: &Job) -> Device<'a> {
     let before = written(&device.status());
     let mut arguments = other.arguments(&device.uri, HALF, "randwrite");
-    arguments.extend(["--verify_state_save=0", "--do_verify=0", "--time_based", "--runtime=60"].map(String::from));
+    arguments.extend(["--do_verify=0", "--time_based", "--runtime=60"].map(String::from));
     let mut fio = Command::new("fio").args(arguments).stdout(Stdio::null()).stderr(Stdio::null()).spawn().unwrap();
     device.wait_for(|status| written(status) > before + 100_000);
     device.kill_daemon();
