@@ -11,23 +11,10 @@ use blkferry::nbd::{
     ServerStep, Session, StateFlags, TransmissionFlags, Wants, put_option, put_simple_reply,
 };
 
-/// Bytes from hexadecimal digits and 'quoted ASCII'; white space separates.
-fn bytes(text: &str) -> Vec<u8> {
-    let mut out = Vec::new();
-    for (index, part) in text.split('\'').enumerate() {
-        if index % 2 == 1 {
-            out.extend_from_slice(part.as_bytes());
-            continue;
-        }
-        let digits: Vec<u8> = part.bytes().filter(|byte| !byte.is_ascii_whitespace()).collect();
-        assert!(digits.len().is_multiple_of(2), "odd number of digits in {part:?}");
-        for pair in digits.chunks(2) {
-            let pair = std::str::from_utf8(pair).expect("hexadecimal digits");
-            out.push(u8::from_str_radix(pair, 16).expect("hexadecimal digits"));
-        }
-    }
-    out
-}
+#[path = "common/hex.rs"]
+mod hex;
+
+use hex::bytes;
 
 #[track_caller]
 fn assert_bytes(got: &[u8], want: &str) {
@@ -245,14 +232,11 @@ fn server_agrees_on_everything_with_a_blkferry_client() {
 /// The client's bytes for each step, and the server's: the whole conversation from the other side.
 #[test]
 fn client_sends_and_understands_the_same_conversation() {
-    let wants = Wants { structured: true, base_allocation: true, ferry: true, list: false };
+    let wants = Wants { structured: true, base_allocation: true, ferry: true, ..Wants::default() };
     let mut client = ClientHandshake::new("disk".into(), wants);
-    let first = format!("{FIXED_AND_NO_ZEROES} {STRUCTURED}");
-    assert_bytes(&converse(&mut client, GREETING), &first);
-    assert_bytes(&converse(&mut client, STRUCTURED_ACK), SET_META);
-    assert_bytes(&converse(&mut client, SET_META_ANSWER), FERRY);
-    assert_bytes(&converse(&mut client, FERRY_ANSWER), GO);
-    let session = ready(&mut client, GO_ANSWER);
+    assert_bytes(&converse(&mut client, GREETING), &format!("{FIXED_AND_NO_ZEROES} {FERRY}"));
+    assert_bytes(&converse(&mut client, FERRY_ANSWER), &format!("{STRUCTURED} {SET_META} {GO}"));
+    let session = ready(&mut client, &format!("{STRUCTURED_ACK} {SET_META_ANSWER} {GO_ANSWER}"));
     assert_eq!(session.size_bytes, 0x1_2345_6000);
     assert_eq!(session.flags.bits(), 0x187);
     assert_eq!((session.min_block, session.preferred_block, session.max_block), (512, 4096, 1 << 25));

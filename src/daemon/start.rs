@@ -154,6 +154,7 @@ fn start_on(
     let config = EngineConfig {
         max_fetch_bytes: hello.as_ref().map_or(MAX_FETCH_BYTES, |h| h.max_read_bytes.min(MAX_FETCH_BYTES)),
         extents: hello.as_ref().is_some_and(|h| h.tells_extents),
+        compact: hello.as_ref().is_some_and(|h| h.sends_holes),
     };
     let engine = Engine::new(cache.maps.clone(), config);
     let (commits, requests) = crossbeam::channel::unbounded();

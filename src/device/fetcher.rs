@@ -40,6 +40,8 @@ pub struct SourceHello {
     pub identity: String,
     /// Does it tell holes?
     pub tells_extents: bool,
+    /// Does it send zeros as holes?
+    pub sends_holes: bool,
     /// Largest and smallest read that it takes, in bytes.
     pub max_read_bytes: u64,
     /// Smallest unit of a read, in bytes.
@@ -113,7 +115,7 @@ type Said = Sender<Result<Option<SourceHello>, FetchThreadError>>;
 async fn fetch_main(uri: Option<Uri>, policy: LossPolicy, requests: Mailbox<FetchRequest>, said: Said) {
     let source = match uri {
         None => None,
-        Some(uri) => match Source::open(uri, policy).await {
+        Some(uri) => match Source::open(uri, policy, true).await {
             Ok(source) => Some(source),
             Err(e) => return drop(said.send(Err(e.into()))),
         },
@@ -122,6 +124,7 @@ async fn fetch_main(uri: Option<Uri>, policy: LossPolicy, requests: Mailbox<Fetc
         size_bytes: source.size_bytes(),
         identity: source.identity().to_owned(),
         tells_extents: source.tells_extents(),
+        sends_holes: source.sends_holes(),
         max_read_bytes: source.max_read_bytes(),
         min_read_bytes: source.min_read_bytes(),
         stats: source.stats().clone(),
@@ -233,6 +236,17 @@ impl Fetcher {
             Some(source) => source.extents(range, lane).await,
             None => Vec::new(),
         }
+    }
+
+    /// Asks about holes for hydration, beside what it does meanwhile.
+    pub(super) fn start_query(self: &Rc<Self>, range: ByteRange) {
+        let this = self.clone();
+        spawn(async move {
+            let extents = this.extents(range, Lane::Bulk).await;
+            this.core.apply(Event::Extents { extents });
+            this.progress.notify(usize::MAX);
+        })
+        .detach();
     }
 
     // ---- fetch, store, release ---------------------------------------------------------------------

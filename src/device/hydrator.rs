@@ -8,7 +8,7 @@ use futures_util::future::select;
 
 use super::fetcher::{Fetcher, MAX_FETCH_BYTES};
 use super::hydration::{HydrationState, Mode, Pacer};
-use crate::engine::{Action, Event, Lane};
+use crate::engine::{Action, Event};
 use crate::uring::{Lent, sleep};
 
 /// Pause after a failure, before it tries again.
@@ -71,8 +71,7 @@ impl Fetcher {
             Some(Action::StoreZero { fetch, run }) => self.start_store_zero(fetch, run, share),
             Some(Action::QueryExtents { run }) => {
                 drop(share);
-                let extents = self.extents(self.core.geometry().bytes_of(run), Lane::Bulk).await;
-                self.core.apply(Event::Extents { extents });
+                self.start_query(self.core.geometry().bytes_of(run));
             }
             Some(Action::HydrationWaits) => {
                 drop(share);

@@ -70,7 +70,8 @@ pub(super) async fn verify(core: Arc<Core>, cache: FileIo, request: VerifyReques
 }
 
 async fn compare(core: &Core, cache: &FileIo, request: &VerifyRequest) -> Result<VerifyReport, String> {
-    let source = Source::open(request.uri.clone(), LossPolicy::new(OnLoss::Wait)).await.map_err(|e| e.to_string())?;
+    let source =
+        Source::open(request.uri.clone(), LossPolicy::new(OnLoss::Wait), false).await.map_err(|e| e.to_string())?;
     if source.identity() != request.identity {
         let (now, then) = (source.identity(), &request.identity);
         return Err(format!(

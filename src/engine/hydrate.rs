@@ -3,7 +3,9 @@
 //! In order of address, from a cursor that starts again at the front when it has come to the end:
 //! blocks that failed or were taken back are absent still and are found then. After a round in which blocks
 //! failed comes a rest, so that a source with bad blocks is not asked for them without end. Where the source tells
-//! its holes, they are never asked for: they cross as metadata.
+//! its holes, they are never asked for: they cross as metadata. While such a question is under way, blocks are fetched
+//! as if they were data if the source sends zeros as holes: then nothing is lost if they are none, and no round trip
+//! is spent on waiting.
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
@@ -46,6 +48,8 @@ pub(super) struct Planner {
     cursor: u64,
     /// Does the source tell its extents?
     extents_known: bool,
+    /// Does it send zeros as holes, when they are read?
+    compact: bool,
     /// What the source said, in order: run and "zeros".
     extents: VecDeque<(BlockRun, bool)>,
     asked: Option<BlockRun>,
@@ -54,8 +58,8 @@ pub(super) struct Planner {
 }
 
 impl Planner {
-    pub(super) fn new(extents_known: bool) -> Self {
-        Self { cursor: 0, extents_known, extents: VecDeque::new(), asked: None, failed: false }
+    pub(super) fn new(extents_known: bool, compact: bool) -> Self {
+        Self { cursor: 0, extents_known, compact, extents: VecDeque::new(), asked: None, failed: false }
     }
 
     pub(super) fn next(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Next {
@@ -94,6 +98,7 @@ impl Planner {
             }
             match self.extents.front() {
                 Some((run, zero)) if run.contains(start) => (run.end.min(until), *zero),
+                _ if self.asked.is_some() && self.compact => (until, false),
                 _ if self.asked.is_some() => return Next::Wait,
                 _ => {
                     let run =
@@ -190,7 +195,7 @@ mod tests {
         let g = Geometry::new(10 * 4096, 4096).unwrap();
         assert_eq!(to_blocks(g, g.all(), &[extent(4096 * 3 + 100, false)]), [(BlockRun::new(0, 3), false)]);
         // An answer of less than a block says nothing, and counts as data.
-        let mut planner = Planner::new(true);
+        let mut planner = Planner::new(true, false);
         let maps = Maps::in_memory(g);
         let max = g.blocks_in(4096 * 4);
         assert_eq!(planner.next(&maps, &Inflight::default(), max), Next::Query(g.all()));
@@ -200,13 +205,27 @@ mod tests {
     }
 
     #[test]
+    fn what_costs_nothing_if_it_is_a_hole_is_fetched_before_the_answer_comes() {
+        let g = Geometry::new(20 * 4096, 4096).unwrap();
+        let (maps, max) = (Maps::in_memory(g), g.blocks_in(4096 * 4));
+        let mut planner = Planner::new(true, true);
+        let none = Inflight::default();
+        assert_eq!(planner.next(&maps, &none, max), Next::Query(g.all()));
+        assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(0, 4)));
+        assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(4, 8)));
+        planner.answer(g, &[extent(4096 * 10, false), extent(4096 * 10, true)]);
+        assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(8, 10)));
+        assert_eq!(planner.next(&maps, &none, max), Next::Zero(BlockRun::new(10, 20)));
+    }
+
+    #[test]
     fn the_plan_skips_what_is_present_or_in_flight_and_comes_round() {
         let g = Geometry::new(12 * 4096, 4096).unwrap();
         let maps = Maps::in_memory(g);
         let mut inflight = Inflight::default();
         maps.mark_present(BlockRun::new(0, 2));
         inflight.give(BlockRun::new(4, 6), super::super::inflight::Owner::Wire(super::super::FetchId(1)));
-        let mut planner = Planner::new(false);
+        let mut planner = Planner::new(false, false);
         let max = g.blocks_in(4096 * 5);
         let mut seen = Vec::new();
         while let Next::Fetch(run) = planner.next(&maps, &inflight, max) {

@@ -19,6 +19,8 @@ pub struct EngineConfig {
     pub max_fetch_bytes: u64,
     /// Does the source tell its holes?
     pub extents: bool,
+    /// Does it send zeros as holes when they are read, at next to no cost?
+    pub compact: bool,
 }
 
 /// A fault planted on purpose, to prove that the tests would see it.
@@ -80,7 +82,7 @@ impl Engine {
     /// An engine on these maps, with nothing in flight.
     pub fn new(maps: Maps, config: EngineConfig) -> Self {
         Self {
-            planner: Planner::new(config.extents),
+            planner: Planner::new(config.extents, config.compact),
             maps,
             config,
             inflight: Inflight::default(),

@@ -4,11 +4,14 @@
 //!  new() ──► greeting (8 + 8 + 2 bytes)
 //!              │ flags, first option
 //!              ▼
-//!   STRUCTURED_REPLY ──► SET_META_CONTEXT ──► FERRY ──► GO ─────────────► Ready
+//!   FERRY ──► STRUCTURED_REPLY ──► SET_META_CONTEXT ──► GO ─────────────► Ready
 //!   (each only if wanted; "no" to one of            │ ERR_UNSUP
 //!    them means to live without it)                 └──► EXPORT_NAME ──► Ready
 //!   LIST ──► Listed
 //! ```
+//! An option waits for the final reply to the one before, as the specification wants it. A server that has answered
+//! FERRY takes the rest together, in one round trip (docs/FORMAT.md).
+//!
 //! Invariants: the handshake never asks for a byte of the transmission phase; whatever a server sends, no message
 //! above [`MAX_OPTION_REPLY_LEN`](super::MAX_OPTION_REPLY_LEN) bytes is taken and no more than
 //! [`MAX_HANDSHAKE_BYTES`] bytes in all; what it claims about the export is checked before anyone sees it.
@@ -23,6 +26,8 @@ mod tests;
 
 pub use session::ClientSession;
 
+use std::collections::VecDeque;
+
 use super::consts::{
     BASE_ALLOCATION, ClientFlags, EXPORT_NAME_ZEROES, FERRY_VERSION, HandshakeFlags, MAX_HANDSHAKE_BYTES, NBD_MAGIC,
     OLDSTYLE_MAGIC, OPTION_MAGIC,
@@ -33,6 +38,10 @@ use super::option_data::{FerryRequest, InfoKind, InfoRequest, MetaContextRequest
 use super::wire::{Intake, Reader};
 use session::Findings;
 
+/// What is asked for, in this order. FERRY comes first: who knows it takes the others together.
+const ORDER: [OptionKind; 4] =
+    [OptionKind::Ferry, OptionKind::StructuredReply, OptionKind::SetMetaContext, OptionKind::Go];
+
 /// What the client would like to have. A server that lacks it is fine; see [`ClientSession`] for what came of it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wants {
@@ -42,6 +51,8 @@ pub struct Wants {
     pub base_allocation: bool,
     /// blkferry's own option: the identity of the disk, and hashes (which come as structured replies).
     pub ferry: bool,
+    /// The server has answered that option on another connection: it gets everything together.
+    pub known_ferry: bool,
     /// Only list the exports; all other wishes are ignored then.
     pub list: bool,
 }
@@ -89,6 +100,8 @@ pub struct ClientHandshake {
     no_zeroes: bool,
     /// The option that the server owes a reply to.
     asked: OptionKind,
+    /// Options that it has got already, and owes replies to after that.
+    later: VecDeque<OptionKind>,
     found: Findings,
     listed: Vec<(String, String)>,
 }
@@ -104,6 +117,7 @@ impl ClientHandshake {
             taken_bytes: 0,
             no_zeroes: false,
             asked: OptionKind::Abort,
+            later: VecDeque::new(),
             found: Findings::default(),
             listed: Vec::new(),
         }
@@ -134,8 +148,15 @@ impl ClientHandshake {
         // `asked` is Abort until the first option is sent; after EXPORT_NAME no option may follow.
         match self.asked {
             OptionKind::Abort | OptionKind::ExportName => Vec::new(),
+            // Behind a GO that may succeed it would be no option.
+            _ if !self.later.is_empty() => Vec::new(),
             _ => option_bytes(OptionKind::Abort, &[]),
         }
+    }
+
+    /// Has the server shown that it is a blkferry export?
+    pub fn is_ferry(&self) -> bool {
+        self.found.ferry_identity.is_some()
     }
 
     /// The error to report when the server closes the connection now.
@@ -204,26 +225,63 @@ impl ClientHandshake {
         let mut flags = ClientFlags::FIXED_NEWSTYLE;
         self.no_zeroes = offered.contains(HandshakeFlags::NO_ZEROES);
         flags.set(ClientFlags::NO_ZEROES, self.no_zeroes);
-        let first = if self.wants.list { OptionKind::List } else { self.next_option(None) };
         let mut out = flags.bits().to_be_bytes().to_vec();
-        out.extend_from_slice(&self.ask(first));
+        out.extend_from_slice(&match self.wants {
+            Wants { list: true, .. } => self.ask(OptionKind::List),
+            Wants { known_ferry: true, .. } => self.ask_together(&ORDER),
+            _ => {
+                let first = self.next_option(None);
+                self.ask(first)
+            }
+        });
         Ok(ClientStep::Send(out))
     }
 
     /// The option to send when `done` is through (`None`: nothing was sent yet).
     fn next_option(&self, done: Option<OptionKind>) -> OptionKind {
-        const ORDER: [OptionKind; 3] = [OptionKind::StructuredReply, OptionKind::SetMetaContext, OptionKind::Ferry];
         let start = done.and_then(|done| ORDER.iter().position(|option| *option == done)).map_or(0, |at| at + 1);
-        let wanted = |option: &&OptionKind| match option {
+        // Without structured replies there are no contexts.
+        let useful = |option: &OptionKind| *option != OptionKind::SetMetaContext || self.found.structured;
+        let next = ORDER[start..].iter().copied().find(|option| self.wants(*option) && useful(option));
+        next.unwrap_or(OptionKind::Go)
+    }
+
+    fn wants(&self, option: OptionKind) -> bool {
+        match option {
+            OptionKind::Ferry => self.wants.ferry,
             OptionKind::StructuredReply => self.wants.structured,
-            OptionKind::SetMetaContext => self.wants.base_allocation && self.found.structured,
-            _ => self.wants.ferry,
-        };
-        ORDER[start..].iter().find(wanted).copied().unwrap_or(OptionKind::Go)
+            OptionKind::SetMetaContext => self.wants.base_allocation,
+            _ => true,
+        }
     }
 
     /// The bytes of an option; its reply is expected next.
     fn ask(&mut self, option: OptionKind) -> Vec<u8> {
+        self.expect_reply(option);
+        self.encode(option)
+    }
+
+    /// The bytes of those options that are wanted, one after the other; their replies are expected in this order.
+    fn ask_together(&mut self, options: &[OptionKind]) -> Vec<u8> {
+        self.later = options.iter().copied().filter(|option| self.wants(*option)).collect();
+        let bytes = self.later.iter().flat_map(|option| self.encode(*option)).collect();
+        let first = self.later.pop_front().expect("GO is always wanted");
+        self.expect_reply(first);
+        bytes
+    }
+
+    fn expect_reply(&mut self, option: OptionKind) {
+        self.asked = option;
+        if option == OptionKind::ExportName {
+            self.state = State::ExportNameReply;
+            self.intake.expect_bytes(10 + if self.no_zeroes { 0 } else { EXPORT_NAME_ZEROES });
+        } else {
+            self.state = State::ReplyHeader;
+            self.intake.expect_bytes(OptionReplyHeader::LEN);
+        }
+    }
+
+    fn encode(&self, option: OptionKind) -> Vec<u8> {
         let export = self.export.clone();
         let data = match option {
             OptionKind::SetMetaContext => {
@@ -234,14 +292,6 @@ impl ClientHandshake {
             OptionKind::ExportName => export.into_bytes(),
             _ => Vec::new(),
         };
-        self.asked = option;
-        if option == OptionKind::ExportName {
-            self.state = State::ExportNameReply;
-            self.intake.expect_bytes(10 + if self.no_zeroes { 0 } else { EXPORT_NAME_ZEROES });
-        } else {
-            self.state = State::ReplyHeader;
-            self.intake.expect_bytes(OptionReplyHeader::LEN);
-        }
         option_bytes(option, &data)
     }
 

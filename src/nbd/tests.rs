@@ -29,10 +29,11 @@ fn exports() -> impl Strategy<Value = Vec<ExportInfo>> {
 }
 
 fn wants() -> impl Strategy<Value = Wants> {
-    any::<(bool, bool, bool, bool)>().prop_map(|(structured, base_allocation, ferry, list)| Wants {
+    any::<[bool; 5]>().prop_map(|[structured, base_allocation, ferry, known_ferry, list]| Wants {
         structured,
         base_allocation,
         ferry,
+        known_ferry,
         list,
     })
 }

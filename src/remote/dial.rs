@@ -1,16 +1,23 @@
 //! Getting through to a source: connect and shake hands.
 
+use std::cell::{Cell, RefCell};
 use std::io;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
 
+use event_listener::Event;
 use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 
 use super::CONNECT_TIMEOUT;
-use crate::nbd::{Address, ClientHandshake, ClientSession, ClientStep, ProtocolError, Uri, Wants};
-use crate::uring::{BufferedReader, Connection, Part, sleep};
+use super::stats::SourceStats;
+use crate::nbd::{Address, ClientHandshake, ClientSession, ClientStep, ProtocolError, TransmissionFlags, Uri, Wants};
+use crate::uring::{BufferedReader, Connection, Part, Task, sleep, spawn};
 
 /// Receive buffer of a link: headers and small replies; bulk goes past it.
 const READER_BYTES: usize = 16 << 10;
+/// A source that has not answered for this long is far: what is asked of it together saves time.
+const FAR: Duration = Duration::from_millis(2);
 
 /// Why a source cannot be reached.
 #[derive(Debug, thiserror::Error)]
@@ -54,44 +61,118 @@ pub(super) struct Dialed {
     pub(super) session: ClientSession,
 }
 
-/// Connects to a source.
-pub(super) async fn dial(uri: &Uri) -> Result<Dialed, DialError> {
-    let attempt = async {
-        let connected = match uri.address.clone() {
-            Address::Tcp { host, port } => Connection::connect_tcp(host, port, CONNECT_TIMEOUT).await,
-            Address::Unix(path) => Connection::connect_unix(path).await,
+/// Connects to a source. `known_ferry`: it is a blkferry export, or was one when it was asked last.
+pub(super) async fn dial(uri: &Uri, stats: &SourceStats, known_ferry: bool) -> Result<Dialed, DialError> {
+    in_time(uri, async {
+        let connection = connect(uri).await?;
+        shake_hands(uri, connection, stats, known_ferry, |_| ()).await
+    })
+    .await
+}
+
+/// A connection made on the chance that the source takes it.
+pub(super) type Spare = Task<Result<Dialed, DialError>>;
+pub(super) type Spares = Vec<Spare>;
+
+/// Connects to a source of which nothing is known. If it turns out to be far away, `spares` more connections are made
+/// meanwhile, which go on as soon as it turns out to be a blkferry export: all come up together. To any other server
+/// they say nothing.
+pub(super) async fn dial_first(uri: &Uri, stats: &SourceStats, spares: usize) -> Result<(Dialed, Spares), DialError> {
+    in_time(uri, async {
+        let before = Instant::now();
+        let found = Rc::new(Found::default());
+        let started = RefCell::new(Spares::new());
+        let look = |handshake: Option<&ClientHandshake>| {
+            let is_far = matches!(uri.address, Address::Tcp { .. }) && before.elapsed() >= FAR;
+            if is_far && started.borrow().is_empty() {
+                let spare = |_| spawn(spare(uri.clone(), stats.clone(), found.clone()));
+                started.borrow_mut().extend((0..spares).map(spare));
+            }
+            if handshake.is_some_and(ClientHandshake::is_ferry) {
+                found.ring();
+            }
         };
-        let connection = connected.map_err(|source| DialError::Connect { uri: uri.to_string(), source })?;
-        let mut reader = BufferedReader::new(connection.clone(), READER_BYTES);
-        let session = shake_hands(uri, &connection, &mut reader).await?;
-        Ok(Dialed { connection, reader, session })
-    };
-    match select(attempt.boxed_local(), sleep(CONNECT_TIMEOUT).boxed_local()).await {
+        let connection = connect(uri).await?;
+        look(None);
+        let dialed = shake_hands(uri, connection, stats, false, |handshake| look(Some(handshake))).await?;
+        let welcome = found.rung.get() && dialed.session.flags.contains(TransmissionFlags::CAN_MULTI_CONN);
+        Ok((dialed, if welcome { started.take() } else { Spares::new() }))
+    })
+    .await
+}
+
+/// It is a blkferry export.
+#[derive(Default)]
+struct Found {
+    rung: Cell<bool>,
+    event: Event,
+}
+
+impl Found {
+    fn ring(&self) {
+        self.rung.set(true);
+        self.event.notify(usize::MAX);
+    }
+
+    async fn rung(&self) {
+        let heard = self.event.listen();
+        if !self.rung.get() {
+            heard.await;
+        }
+    }
+}
+
+async fn spare(uri: Uri, stats: SourceStats, found: Rc<Found>) -> Result<Dialed, DialError> {
+    in_time(&uri, async {
+        let connection = connect(&uri).await?;
+        found.rung().await;
+        shake_hands(&uri, connection, &stats, true, |_| ()).await
+    })
+    .await
+}
+
+async fn in_time<T>(uri: &Uri, attempt: impl Future<Output = Result<T, DialError>>) -> Result<T, DialError> {
+    let attempt = std::pin::pin!(attempt);
+    match select(attempt, sleep(CONNECT_TIMEOUT).boxed_local()).await {
         Either::Left((result, _)) => result,
         Either::Right(_) => Err(DialError::Silent { uri: uri.to_string() }),
     }
 }
 
+async fn connect(uri: &Uri) -> Result<Connection, DialError> {
+    let connected = match uri.address.clone() {
+        Address::Tcp { host, port } => Connection::connect_tcp(host, port, CONNECT_TIMEOUT).await,
+        Address::Unix(path) => Connection::connect_unix(path).await,
+    };
+    connected.map_err(|source| DialError::Connect { uri: uri.to_string(), source })
+}
+
 async fn shake_hands(
     uri: &Uri,
-    connection: &Connection,
-    reader: &mut BufferedReader,
-) -> Result<ClientSession, DialError> {
+    connection: Connection,
+    stats: &SourceStats,
+    known_ferry: bool,
+    on_news: impl Fn(&ClientHandshake),
+) -> Result<Dialed, DialError> {
     let broken = |source| DialError::Broken { uri: uri.to_string(), source };
     let protocol = |source| DialError::Protocol { uri: uri.to_string(), source };
-    let wants = Wants { structured: true, base_allocation: true, ferry: true, list: false };
+    let wants = Wants { structured: true, base_allocation: true, ferry: true, known_ferry, list: false };
+    let mut reader = BufferedReader::new(connection.clone(), READER_BYTES);
     let mut handshake = ClientHandshake::new(uri.export.clone(), wants);
     loop {
         let want = handshake.needs().min(READER_BYTES);
-        let step = match reader.read(want).await.map_err(broken)? {
-            Some(bytes) => handshake.feed(bytes),
-            None => return Err(protocol(handshake.closed_by_server())),
-        };
-        match step {
-            Ok(ClientStep::Send(bytes)) => connection.send(vec![Part::Owned(bytes)]).await.map_err(broken)?,
+        let read = reader.read(want).await.map_err(broken)?.map(|bytes| handshake.feed(bytes));
+        stats.add_received(reader.take_received_bytes());
+        on_news(&handshake);
+        match read.unwrap_or_else(|| Err(handshake.closed_by_server())) {
+            Ok(ClientStep::Send(bytes)) => {
+                stats.add_sent(bytes.len() as u64);
+                connection.send(vec![Part::Owned(bytes)]).await.map_err(broken)?;
+            }
             Ok(ClientStep::Ready { session, send }) => {
+                stats.add_sent(send.len() as u64);
                 connection.send(vec![Part::Owned(send)]).await.map_err(broken)?;
-                return Ok(session);
+                return Ok(Dialed { connection, reader, session });
             }
             Ok(ClientStep::Listed { .. }) => unreachable!("no list was asked for"),
             Err(error) => {

@@ -88,9 +88,7 @@ struct Inner {
 
 impl Link {
     /// Starts the tasks of a dialed connection.
-    pub(super) fn start(mut dialed: Dialed, stats: SourceStats) -> Self {
-        // What the handshake brought.
-        stats.add_received(dialed.reader.take_received_bytes());
+    pub(super) fn start(dialed: Dialed, stats: SourceStats) -> Self {
         let inner = Rc::new(Inner {
             connection: dialed.connection,
             session: dialed.session,

@@ -8,7 +8,7 @@ use event_listener::Event;
 use futures_util::FutureExt;
 use futures_util::future::{Either, select, try_join_all};
 
-use super::dial::{DialError, dial};
+use super::dial::{DialError, Spare, Spares, dial, dial_first};
 use super::link::{Link, LinkError};
 use super::policy::{LossPolicy, OnLoss};
 use super::read::FetchedData;
@@ -38,12 +38,16 @@ pub trait SourceEvents {
 pub struct Source {
     shared: Rc<Shared>,
     tasks: RefCell<Vec<Task<()>>>,
+    /// Connections for [`Source::keep_up`] that are being made already.
+    spares: RefCell<Spares>,
 }
 
 struct Shared {
     uri: Uri,
     stats: SourceStats,
     identity: String,
+    /// It is a blkferry export.
+    is_ferry: bool,
     size_bytes: u64,
     max_read_bytes: u64,
     /// Slot 0 serves demand; the others hydration, if there are any.
@@ -59,11 +63,21 @@ struct Shared {
     hung_up: Cell<bool>,
 }
 
+/// How long to wait for a link.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Patience {
+    /// As long as the user's policy says.
+    Policy,
+    /// As long as links are kept up.
+    Endless,
+}
+
 impl Source {
-    /// Connects for the first time and learns what the source is.
-    pub async fn open(uri: Uri, policy: LossPolicy) -> Result<Self, DialError> {
+    /// Connects for the first time and learns what the source is. With `keeps_up`, [`Source::keep_up`] will follow.
+    pub async fn open(uri: Uri, policy: LossPolicy, keeps_up: bool) -> Result<Self, DialError> {
         let stats = SourceStats::default();
-        let link = Link::start(dial(&uri).await?, stats.clone());
+        let (dialed, spares) = dial_first(&uri, &stats, if keeps_up { BULK_LINKS } else { 0 }).await?;
+        let link = Link::start(dialed, stats.clone());
         let Some(identified) = identify_in_time(&link).await else {
             link.close();
             return Err(DialError::Silent { uri: uri.to_string() });
@@ -77,12 +91,14 @@ impl Source {
         })?;
         let size_bytes = link.session().size_bytes;
         let max_read_bytes = u64::from(link.session().max_payload_bytes());
+        let is_ferry = link.session().ferry_identity.is_some();
         let several = link.session().flags.contains(TransmissionFlags::CAN_MULTI_CONN);
         let slots = if several { 1 + BULK_LINKS } else { 1 };
         let shared = Rc::new(Shared {
             uri,
             stats,
             identity,
+            is_ferry,
             size_bytes,
             max_read_bytes,
             slots: RefCell::new(vec![None; slots]),
@@ -96,7 +112,7 @@ impl Source {
         });
         shared.set(0, Some(link));
         let silence = spawn(watch(shared.clone()));
-        Ok(Self { shared, tasks: RefCell::new(vec![silence]) })
+        Ok(Self { shared, tasks: RefCell::new(vec![silence]), spares: RefCell::new(spares) })
     }
 
     /// Waits until no link is left. For those who do not have links kept up.
@@ -115,8 +131,12 @@ impl Source {
         *self.shared.events.borrow_mut() = Some(events);
         self.shared.bulk_refused.set(false);
         let slots = self.shared.slots.borrow().len();
+        let mut spares = self.spares.take();
         let mut tasks = self.tasks.borrow_mut();
-        tasks.extend((0..slots).map(|slot| spawn(keep_link(self.shared.clone(), slot))));
+        tasks.extend((0..slots).map(|slot| {
+            let spare = if slot == 0 { None } else { spares.pop() };
+            spawn(keep_link(self.shared.clone(), slot, spare))
+        }));
     }
 
     /// Closes all links for good. Reads that are still under way end as [`FetchError::Unreachable`].
@@ -173,6 +193,11 @@ impl Source {
         self.shared.slots.borrow().iter().flatten().any(|link| link.session().base_allocation.is_some())
     }
 
+    /// Does it send zeros as holes, however they are stored? A blkferry export does.
+    pub fn sends_holes(&self) -> bool {
+        self.hashes_blocks()
+    }
+
     /// Is it a blkferry export, which can hash?
     pub fn hashes_blocks(&self) -> bool {
         let can = |link: &Link| link.session().ferry_identity.is_some() && link.session().structured;
@@ -194,7 +219,7 @@ impl Source {
 
     async fn read_once(&self, range: ByteRange, lane: Lane) -> Result<FetchedData, FetchError> {
         loop {
-            let link = self.shared.link_in_time(lane).await.ok_or(FetchError::Unreachable)?;
+            let link = self.shared.link(lane, Patience::Policy).await.ok_or(FetchError::Unreachable)?;
             match link.read(range).await {
                 Ok(data) => return Ok(data),
                 Err(LinkError::Refused(errno)) => return Err(FetchError::Refused(errno)),
@@ -205,14 +230,9 @@ impl Source {
 
     /// Holes and zeros of a range. Empty: the source cannot say. Hydration waits for the answer as long as it takes.
     pub async fn extents(&self, range: ByteRange, lane: Lane) -> Vec<Extent> {
+        let patience = if lane == Lane::Bulk { Patience::Endless } else { Patience::Policy };
         loop {
-            let link = match lane {
-                Lane::Bulk => self.shared.link(lane).await,
-                Lane::Demand => match self.shared.link_in_time(lane).await {
-                    Some(link) => link,
-                    None => return Vec::new(),
-                },
-            };
+            let Some(link) = self.shared.link(lane, patience).await else { return Vec::new() };
             match link.extents(range).await {
                 Ok(extents) => return extents,
                 Err(LinkError::Refused(_)) => return Vec::new(),
@@ -224,7 +244,8 @@ impl Source {
     /// Hashes of a range, a blkferry source's.
     pub async fn hashes(&self, range: ByteRange) -> Result<Vec<[u8; 32]>, Errno> {
         loop {
-            match self.shared.link(Lane::Bulk).await.hashes(range).await {
+            let Some(link) = self.shared.link(Lane::Bulk, Patience::Endless).await else { return Err(Errno::EIO) };
+            match link.hashes(range).await {
                 Ok(hashes) => return Ok(hashes),
                 Err(LinkError::Refused(errno)) => return Err(errno),
                 Err(LinkError::Lost) => {}
@@ -260,34 +281,24 @@ impl Shared {
         }
     }
 
-    /// The least loaded link of a lane, or of the other lane if it has none; waits until there is one.
-    async fn link(&self, lane: Lane) -> Link {
-        loop {
-            let up = self.link_up.listen();
-            if let Some(link) = self.pick(lane) {
-                return link;
-            }
-            up.await;
-        }
-    }
-
     /// Has it been lost for longer than requests are to wait?
     fn is_given_up(&self) -> bool {
         let too_long = |since: Instant| match self.policy.get() {
             OnLoss::Wait => false,
             OnLoss::FailAfter(patience) => since.elapsed() >= patience,
         };
-        self.hung_up.get() || self.lost_since.get().is_some_and(too_long)
+        self.lost_since.get().is_some_and(too_long)
     }
 
-    /// The same; `None` when the source has been lost for too long.
-    async fn link_in_time(&self, lane: Lane) -> Option<Link> {
+    /// The least loaded link of a lane, or of the other lane if it has none; waits until there is one. `None`: that has
+    /// taken too long, or will not happen any more.
+    async fn link(&self, lane: Lane, patience: Patience) -> Option<Link> {
         loop {
             let up = self.link_up.listen();
             if let Some(link) = self.pick(lane) {
                 return Some(link);
             }
-            if self.is_given_up() {
+            if self.hung_up.get() || (patience == Patience::Policy && self.is_given_up()) {
                 return None;
             }
             up.await;
@@ -340,8 +351,8 @@ async fn identify_in_time(link: &Link) -> Option<Result<String, LinkError>> {
     }
 }
 
-/// Keeps one slot filled for ever.
-async fn keep_link(shared: Rc<Shared>, slot: usize) {
+/// Keeps one slot filled for ever, at first with a spare connection if there is one.
+async fn keep_link(shared: Rc<Shared>, slot: usize, mut spare: Option<Spare>) {
     let mut pause = BACKOFF.0;
     let mut is_first = true;
     loop {
@@ -360,7 +371,7 @@ async fn keep_link(shared: Rc<Shared>, slot: usize) {
                 pause = BACKOFF.0;
             }
         }
-        match reconnect(&shared, is_first).await {
+        match reconnect(&shared, is_first, spare.take()).await {
             Ok(link) => {
                 // Whichever comes first: hydration gives its own links a chance to come up.
                 shared.bulk_refused.set(false);
@@ -381,8 +392,12 @@ async fn keep_link(shared: Rc<Shared>, slot: usize) {
 }
 
 /// A new link to the *same* disk; anything else is refused, in words. `is_first`: nothing was lost before it.
-async fn reconnect(shared: &Shared, is_first: bool) -> Result<Link, String> {
-    let dialed = dial(&shared.uri).await.map_err(|e| e.to_string())?;
+async fn reconnect(shared: &Shared, is_first: bool, spare: Option<Spare>) -> Result<Link, String> {
+    let dialed = match spare {
+        Some(spare) => spare.await,
+        None => dial(&shared.uri, &shared.stats, shared.is_ferry).await,
+    };
+    let dialed = dialed.map_err(|e| e.to_string())?;
     let link = Link::start(dialed, shared.stats.clone());
     if link.session().size_bytes != shared.size_bytes {
         let now = link.session().size_bytes;

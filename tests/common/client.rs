@@ -74,7 +74,7 @@ pub fn shake_hands(stream: &mut UnixStream, export: &str, wants: Wants) -> Clien
 impl Client {
     /// With structured replies and `base:allocation`.
     pub fn connect(uri: &str) -> Self {
-        Self::connect_wanting(uri, Wants { structured: true, base_allocation: true, ferry: false, list: false })
+        Self::connect_wanting(uri, Wants { structured: true, base_allocation: true, ..Wants::default() })
     }
 
     pub fn connect_wanting(uri: &str, wants: Wants) -> Self {

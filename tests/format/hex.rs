@@ -1,5 +1,7 @@
 //! Pages written down as what is not zero in them.
 
+use crate::bytes::bytes;
+
 /// `len` bytes of zeros but for these pieces: offset, then hexadecimal digits and 'quoted ASCII'.
 pub fn sparse(len: usize, pieces: &[(usize, &str)]) -> Vec<u8> {
     let mut out = vec![0; len];
@@ -7,20 +9,6 @@ pub fn sparse(len: usize, pieces: &[(usize, &str)]) -> Vec<u8> {
         let piece = bytes(text);
         assert!(out[*offset..offset + piece.len()].iter().all(|&byte| byte == 0), "pieces overlap at {offset}");
         out[*offset..offset + piece.len()].copy_from_slice(&piece);
-    }
-    out
-}
-
-fn bytes(text: &str) -> Vec<u8> {
-    let mut out = Vec::new();
-    for (index, part) in text.split('\'').enumerate() {
-        if index % 2 == 1 {
-            out.extend_from_slice(part.as_bytes());
-            continue;
-        }
-        let digits: Vec<u8> = part.bytes().filter(|byte| !byte.is_ascii_whitespace()).collect();
-        let pairs = digits.chunks(2).map(|pair| u8::from_str_radix(std::str::from_utf8(pair).unwrap(), 16).unwrap());
-        out.extend(pairs);
     }
     out
 }

@@ -2,6 +2,8 @@
 #![allow(clippy::unwrap_used)]
 
 mod bad;
+#[path = "../common/hex.rs"]
+mod bytes;
 mod case;
 #[path = "../common/mod.rs"]
 mod common;

@@ -23,6 +23,7 @@ mod changes;
 mod copies;
 mod cuts;
 mod export;
+mod far;
 mod faults;
 mod fio;
 mod foreign;

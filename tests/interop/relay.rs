@@ -21,6 +21,8 @@ struct Counters {
     is_down: AtomicBool,
     /// Bytes stay where they are.
     is_silent: AtomicBool,
+    /// Milliseconds that each piece takes in each direction.
+    delay_ms: AtomicU64,
     open: Mutex<Vec<TcpStream>>,
 }
 
@@ -57,6 +59,13 @@ impl Relay {
             }
         });
         Self { counters, address, acceptor: Some(acceptor) }
+    }
+
+    /// The same, with a long way to go.
+    pub fn far(uri: &str, delay: Duration) -> Self {
+        let relay = Self::before(uri);
+        relay.counters.delay_ms.store(delay.as_millis() as u64, Ordering::SeqCst);
+        relay
     }
 
     pub fn uri(&self) -> String {
@@ -118,6 +127,7 @@ fn pump(mut from: TcpStream, mut to: TcpStream, counters: Arc<Counters>, which: 
     std::thread::spawn(move || {
         let mut buffer = vec![0; 256 << 10];
         while let Ok(n) = from.read(&mut buffer) {
+            std::thread::sleep(Duration::from_millis(counters.delay_ms.load(Ordering::SeqCst)));
             while counters.is_silent.load(Ordering::SeqCst) {
                 std::thread::sleep(Duration::from_millis(1));
             }

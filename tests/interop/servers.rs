@@ -89,3 +89,14 @@ pub fn qemu_nbd(world: &World, args: &[&str], image: &Path) -> Server {
     all.push(image.display().to_string());
     Server::start("qemu-nbd", all, &pid_file, unix_uri(&socket))
 }
+
+/// The same on a TCP port of this host.
+pub fn qemu_nbd_tcp(world: &World, args: &[&str], image: &Path) -> Server {
+    let (_, pid_file) = names(world, "qemu-nbd");
+    let port = free_port();
+    let mut all = vec!["--read-only".into(), "--bind=127.0.0.1".into(), format!("--port={port}")];
+    all.push(format!("--pid-file={}", pid_file.display()));
+    all.extend(args.iter().map(|&a| a.to_owned()));
+    all.push(image.display().to_string());
+    Server::start("qemu-nbd", all, &pid_file, format!("nbd://127.0.0.1:{port}"))
+}

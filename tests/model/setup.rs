@@ -37,7 +37,7 @@ impl Setup {
         let geometry = Geometry::new(blocks.len() as u64 * 4096, 4096).expect("a valid size");
         Self {
             geometry,
-            config: EngineConfig { max_fetch_bytes: max_fetch_blocks * 4096, extents: false },
+            config: EngineConfig { max_fetch_bytes: max_fetch_blocks * 4096, extents: false, compact: false },
             source_zero: vec![false; blocks.len() * 8],
             blocks,
         }
@@ -58,7 +58,7 @@ impl Setup {
         let geometry =
             Geometry::new((blocks - 1) * block_bytes + last_bytes, block_bytes).expect("a size that is allowed");
         let max_fetch_bytes = rng.one_of(&[512, block_bytes, 2 * block_bytes, 3 * block_bytes, 1 << 20]);
-        let config = EngineConfig { max_fetch_bytes, extents: rng.percent(50) };
+        let config = EngineConfig { max_fetch_bytes, extents: rng.percent(50), compact: rng.percent(50) };
         let in_use = rng.percent(40);
         let states = [Initial::Absent, Initial::Absent, Initial::Fetched, Initial::Dirty];
         let state = |rng: &mut Rng| if in_use { rng.one_of(&states) } else { Initial::Absent };

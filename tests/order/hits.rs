@@ -101,7 +101,7 @@ fn without_the_source(client: &mut Client, expected: &mut [u8]) {
 }
 
 fn structured() -> Wants {
-    Wants { structured: true, base_allocation: true, ferry: false, list: false }
+    Wants { structured: true, base_allocation: true, ..Wants::default() }
 }
 
 #[test]

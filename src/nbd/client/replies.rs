@@ -1,6 +1,6 @@
 //! What the client makes of each option reply (spec: "Option reply types").
 
-use super::{ClientHandshake, ClientStep, State, option_bytes};
+use super::{ClientHandshake, ClientStep, ORDER, State, option_bytes};
 use crate::nbd::consts::{BASE_ALLOCATION, MAX_OPTION_REPLY_LEN};
 use crate::nbd::error::ProtocolError;
 use crate::nbd::option::{OptionKind, OptionReplyHeader, OptionReplyKind};
@@ -75,6 +75,13 @@ impl ClientHandshake {
     }
 
     fn go_on(&mut self, done: OptionKind) -> ClientStep {
+        if let Some(next) = self.later.pop_front() {
+            self.expect_reply(next);
+            return ClientStep::Send(Vec::new());
+        }
+        if done == OptionKind::Ferry && self.is_ferry() {
+            return ClientStep::Send(self.ask_together(&ORDER[1..]));
+        }
         let next = self.next_option(Some(done));
         ClientStep::Send(self.ask(next))
     }

@@ -5,7 +5,7 @@ use crate::nbd::export_info::BlockSizes;
 use crate::nbd::option::{OptionHeader, OptionReplyKind, put_option_reply};
 use crate::nbd::option_data::{FerryAnswer, Info, MetaContext};
 
-const ALL: Wants = Wants { structured: true, base_allocation: true, ferry: true, list: false };
+const ALL: Wants = Wants { structured: true, base_allocation: true, ferry: true, known_ferry: false, list: false };
 
 /// A client that has read the greeting, and the option it sends first.
 fn client(export: &str, wants: Wants) -> (ClientHandshake, OptionKind) {
@@ -85,9 +85,9 @@ fn lives_without_everything_but_the_export() {
         OptionReplyKind::Unknown(0x8000_7777),
     ] {
         let (mut client, first) = client("x", ALL);
-        assert_eq!(first, StructuredReply);
-        assert_eq!(next(&mut client, StructuredReply, refusal, b"no"), Ferry, "no contexts then");
-        assert_eq!(next(&mut client, Ferry, refusal, b"no"), Go);
+        assert_eq!(first, Ferry);
+        assert_eq!(next(&mut client, Ferry, refusal, b"no"), StructuredReply);
+        assert_eq!(next(&mut client, StructuredReply, refusal, b"no"), Go, "no contexts then");
         tell_export(&mut client, 512, TransmissionFlags::SEND_DF);
         let session = acked(&mut client).unwrap();
         assert!(!session.structured);
@@ -97,19 +97,91 @@ fn lives_without_everything_but_the_export() {
     }
 }
 
+/// All options that these bytes ask, one after the other.
+fn all_asked(mut sent: &[u8]) -> Vec<OptionKind> {
+    let mut options = Vec::new();
+    while let Some(header) = sent.first_chunk() {
+        let header = OptionHeader::decode(header).unwrap();
+        options.push(header.option);
+        sent = &sent[OptionHeader::LEN + header.len_bytes as usize..];
+    }
+    options
+}
+
+/// The rest of a handshake with a server that has everything; nothing more is to be sent.
+fn answer_all(client: &mut ClientHandshake, options: &[OptionKind]) -> ClientSession {
+    for option in options {
+        match option {
+            OptionKind::Go => tell_export(client, 512, TransmissionFlags::empty()),
+            OptionKind::Ferry => {
+                let identity = FerryAnswer { version: 1, identity: "i".into() }.encode();
+                tell(client, *option, OptionReplyKind::Ferry, &identity);
+            }
+            OptionKind::SetMetaContext => {
+                let context = MetaContext { id: 5, name: BASE_ALLOCATION.into() }.encode();
+                tell(client, *option, OptionReplyKind::MetaContext, &context);
+            }
+            _ => {}
+        }
+        if *option != OptionKind::Go {
+            tell(client, *option, OptionReplyKind::Ack, &[]);
+        }
+    }
+    acked(client).unwrap()
+}
+
+#[test]
+fn a_blkferry_export_gets_the_rest_together() {
+    use OptionKind::{Ferry, Go, SetMetaContext, StructuredReply};
+    let (mut client, first) = client("x", ALL);
+    assert_eq!(first, Ferry);
+    let identity = FerryAnswer { version: 1, identity: "i".into() }.encode();
+    tell(&mut client, Ferry, OptionReplyKind::Ferry, &identity);
+    let ClientStep::Send(sent) = answer(&mut client, Ferry, OptionReplyKind::Ack, &[]).unwrap() else {
+        panic!("nothing sent");
+    };
+    let rest = [StructuredReply, SetMetaContext, Go];
+    assert_eq!(all_asked(&sent), rest);
+    assert!(client.farewell().is_empty(), "GO may succeed: no option may follow it");
+    let session = answer_all(&mut client, &rest);
+    assert!(session.structured && session.base_allocation == Some(5) && session.ferry_identity.is_some());
+}
+
+#[test]
+fn a_known_blkferry_export_gets_everything_together_and_may_be_none_any_more() {
+    use OptionKind::{Ferry, Go, SetMetaContext, StructuredReply};
+    let greeted = || {
+        let mut client = ClientHandshake::new("x".into(), Wants { known_ferry: true, ..ALL });
+        client.feed(&NBD_MAGIC.to_be_bytes()).unwrap();
+        client.feed(&OPTION_MAGIC.to_be_bytes()).unwrap();
+        let ClientStep::Send(sent) = client.feed(&3u16.to_be_bytes()).unwrap() else { panic!("nothing sent") };
+        assert_eq!(all_asked(&sent[4..]), [Ferry, StructuredReply, SetMetaContext, Go]);
+        client
+    };
+    let session = answer_all(&mut greeted(), &[Ferry, StructuredReply, SetMetaContext, Go]);
+    assert!(session.structured && session.ferry_identity.is_some());
+    // Another server has taken its place: it knows nothing of all this.
+    let mut client = greeted();
+    for option in [Ferry, StructuredReply, SetMetaContext] {
+        tell(&mut client, option, OptionReplyKind::ErrUnsupported, &[]);
+    }
+    tell_export(&mut client, 512, TransmissionFlags::empty());
+    let session = acked(&mut client).unwrap();
+    assert_eq!((session.structured, session.base_allocation, session.ferry_identity), (false, None, None));
+}
+
 #[test]
 fn what_was_told_before_an_error_does_not_count() {
     use OptionKind::{ExportName, Ferry, Go, SetMetaContext, StructuredReply};
     let (mut client, _) = client("x", ALL);
+    let identity = FerryAnswer { version: 1, identity: "i".into() }.encode();
+    tell(&mut client, Ferry, OptionReplyKind::Ferry, &identity);
+    assert_eq!(next(&mut client, Ferry, OptionReplyKind::ErrPolicy, &[]), StructuredReply);
     let after = next(&mut client, StructuredReply, OptionReplyKind::Ack, &[]);
     assert_eq!(after, SetMetaContext);
     let context = MetaContext { id: 5, name: BASE_ALLOCATION.into() }.encode();
     tell(&mut client, SetMetaContext, OptionReplyKind::MetaContext, &context);
-    let after = next(&mut client, SetMetaContext, OptionReplyKind::ErrTooBig, &[]);
-    assert_eq!(after, Ferry);
-    let identity = FerryAnswer { version: 1, identity: "i".into() }.encode();
-    tell(&mut client, Ferry, OptionReplyKind::Ferry, &identity);
-    assert_eq!(next(&mut client, Ferry, OptionReplyKind::ErrPolicy, &[]), Go);
+    assert_eq!(next(&mut client, SetMetaContext, OptionReplyKind::ErrTooBig, &[]), Go);
     tell_export(&mut client, 512, TransmissionFlags::empty());
     let sizes = BlockSizes { min: 4096, preferred: 4096, max: 4096 };
     tell(&mut client, Go, OptionReplyKind::Info, &Info::BlockSize(sizes).encode());
