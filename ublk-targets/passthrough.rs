@@ -103,7 +103,7 @@ fn run(channel: &Channel, index: u16, file: &FileIo, broken: &Sender<UblkError>)
         let ends = join_all(tasks).await;
         ends.into_iter().collect::<io::Result<()>>().map_err(|source| UblkError::Queue { queue: index, source })
     };
-    let served = Reactor::new().map_err(UblkError::from).and_then(|reactor| {
+    let served = Reactor::watchful().map_err(UblkError::from).and_then(|reactor| {
         reactor.block_on(serve).unwrap_or_else(|source| Err(UblkError::Queue { queue: index, source }))
     });
     if let Err(e) = served {

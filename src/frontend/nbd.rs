@@ -45,7 +45,7 @@ impl NbdFrontend {
         let (said, ready) = crossbeam::channel::bounded::<Result<(), FrontendError>>(1);
         let (stop_inside, stats_inside) = (stop.clone(), stats.clone());
         let run = move || {
-            let reactor = match Reactor::new() {
+            let reactor = match Reactor::watchful() {
                 Ok(reactor) => reactor,
                 Err(e) => return drop(said.send(Err(e.into()))),
             };

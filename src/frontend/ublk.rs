@@ -193,7 +193,7 @@ struct Worker {
 impl Worker {
     fn run(self) {
         let broken = self.broken.clone();
-        let reactor = match Reactor::new() {
+        let reactor = match Reactor::watchful() {
             Ok(reactor) => reactor,
             // Whoever starts the device listens.
             Err(e) => return drop(broken.send(e.into())),

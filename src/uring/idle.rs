@@ -3,7 +3,7 @@
 //! To sleep and to be woken costs more than a small request: under a hypervisor, tens of microseconds each time. A
 //! guest with one request in flight sends the next one sooner than that. So a thread that was woken soon after it
 //! fell asleep stays awake that long the next time; one that slept longer does not (the rule is that of KVM's halt
-//! polling). A thread with many requests in flight sleeps: while it does, more of them come, and are done together.
+//! polling). Only threads that a guest waits for do this: others would take processors from them. A thread with many requests in flight sleeps: while it does, more of them come, and are done together.
 
 use std::cell::Cell;
 use std::time::Duration;
@@ -17,19 +17,18 @@ const MAX_TASKS: usize = 4;
 #[derive(Debug)]
 pub(super) struct Lookout {
     window: Cell<Duration>,
-    /// On a single processor whoever is waited for could not run meanwhile.
-    useful: bool,
 }
 
 impl Lookout {
-    pub(super) fn new() -> Self {
+    /// `None` on a single processor: whoever is waited for could not run meanwhile.
+    pub(super) fn new() -> Option<Self> {
         let processors = std::thread::available_parallelism().map_or(1, usize::from);
-        Self { window: Cell::default(), useful: processors > 1 }
+        (processors > 1).then(|| Self { window: Cell::default() })
     }
 
     /// How long to stay awake, after that many tasks were run.
     pub(super) fn window(&self, tasks: usize) -> Duration {
-        if self.useful && tasks <= MAX_TASKS { self.window.get() } else { Duration::ZERO }
+        if tasks <= MAX_TASKS { self.window.get() } else { Duration::ZERO }
     }
 
     /// After a wait that took that long in all.
@@ -44,15 +43,12 @@ mod tests {
 
     #[test]
     fn short_waits_are_spent_awake_and_long_ones_are_not() {
-        let lookout = Lookout { window: Cell::default(), useful: true };
+        let lookout = Lookout { window: Cell::default() };
         assert_eq!(lookout.window(1), Duration::ZERO, "nothing is known yet");
         lookout.learn(MAX_WINDOW);
         assert_eq!(lookout.window(1), MAX_WINDOW);
         assert_eq!(lookout.window(MAX_TASKS + 1), Duration::ZERO, "a batch");
         lookout.learn(Duration::from_millis(1));
         assert_eq!(lookout.window(1), Duration::ZERO);
-        let alone = Lookout { window: Cell::default(), useful: false };
-        alone.learn(Duration::ZERO);
-        assert_eq!(alone.window(1), Duration::ZERO);
     }
 }

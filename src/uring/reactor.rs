@@ -78,7 +78,7 @@ struct Inner {
     ring: RefCell<IoUring>,
     ops: RefCell<Slab<OpState>>,
     shared: Arc<Shared>,
-    lookout: Lookout,
+    lookout: Option<Lookout>,
 }
 
 /// One thread's event loop on its own ring.
@@ -89,6 +89,15 @@ pub struct Reactor {
 impl Reactor {
     /// A ring for this thread. Fails where the kernel has no io_uring or forbids it, and says which sysctl does.
     pub fn new() -> Result<Self, UringError> {
+        Self::with(None)
+    }
+
+    /// The same for a thread that a guest waits for: between requests that follow each other closely, it stays awake.
+    pub fn watchful() -> Result<Self, UringError> {
+        Self::with(Lookout::new())
+    }
+
+    fn with(lookout: Option<Lookout>) -> Result<Self, UringError> {
         let ring = build_ring().map_err(uring_error)?;
         let bell = EventFd::from_value_and_flags(0, EfdFlags::EFD_CLOEXEC).map_err(|e| uring_error(e.into()))?;
         let shared = Arc::new(Shared {
@@ -98,7 +107,7 @@ impl Reactor {
             rung: AtomicBool::new(false),
         });
         let (ring, ops) = (RefCell::new(ring), RefCell::default());
-        let inner = Rc::new(Inner { ring, ops, shared, lookout: Lookout::new() });
+        let inner = Rc::new(Inner { ring, ops, shared, lookout });
         Ok(Self { inner })
     }
 
@@ -160,7 +169,7 @@ impl Inner {
     /// Submits what the tasks queued, and waits for a completion if there is nothing to run.
     fn turn(&self, tasks: usize) -> io::Result<()> {
         if self.shared.ready.is_empty() {
-            self.wait(self.lookout.window(tasks))?;
+            self.wait(tasks)?;
         } else if self.has_news() || !self.ring.borrow_mut().submission().is_empty() {
             self.enter(0)?;
         }
@@ -168,8 +177,10 @@ impl Inner {
         Ok(())
     }
 
-    fn wait(&self, window: Duration) -> io::Result<()> {
+    fn wait(&self, tasks: usize) -> io::Result<()> {
+        let Some(lookout) = &self.lookout else { return self.enter(1) };
         let before = Instant::now();
+        let window = lookout.window(tasks);
         if !window.is_zero() {
             self.enter(0)?;
             while !self.has_news() && self.shared.ready.is_empty() && before.elapsed() < window {
@@ -178,7 +189,7 @@ impl Inner {
         }
         let want = u32::from(self.shared.ready.is_empty() && self.ring.borrow_mut().completion().is_empty());
         self.enter(want)?;
-        self.lookout.learn(before.elapsed());
+        lookout.learn(before.elapsed());
         Ok(())
     }
 
