@@ -98,7 +98,7 @@ impl Planner {
             }
             match self.extents.front() {
                 Some((run, zero)) if run.contains(start) => (run.end.min(until), *zero),
-                _ if self.asked.is_some() && self.compact => (until, false),
+                _ if self.asked.is_some_and(|asked| self.compact && asked.contains(start)) => (until, false),
                 _ if self.asked.is_some() => return Next::Wait,
                 _ => {
                     let run =

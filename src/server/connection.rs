@@ -66,13 +66,14 @@ struct Context<D> {
     gone: Cell<bool>,
 }
 
-/// Serves a client until it leaves. `Ok`: it left in order. What is still under way then is finished after this
+/// Serves a client until it leaves; `on_agreed` is called when its handshake is over. `Ok`: it left in order. What is still under way then is finished after this
 /// returns, with a share of `leftovers`: requests that wait for the source may take long.
 pub(super) async fn run<D: Disk>(
     connection: Connection,
     disk: Rc<D>,
     stats: ServeStats,
     leftovers: Budget,
+    on_agreed: impl FnOnce(),
 ) -> Result<(), ConnectionError> {
     let mut reader = BufferedReader::new(connection.clone(), READER_BYTES);
     let export = disk.export();
@@ -84,6 +85,7 @@ pub(super) async fn run<D: Disk>(
         }
     };
     let Some(session) = agreed else { return Ok(()) };
+    on_agreed();
     let limits = session.limits(&export);
     let replies = Mailbox::default();
     let lendable = Lendable {

@@ -8,7 +8,7 @@
 //!
 //! Invariants: a request holds its share of the limits from its arrival until its reply is sent, so a
 //! client that does not read its replies stops being read from; one connection's trouble ends that
-//! connection only.
+//! connection only; when all places are taken, a newcomer gets the place of who has been at its handshake for longest.
 
 mod connection;
 mod disk;

@@ -225,7 +225,7 @@ fn answers_that_nobody_reads(target: &Target<'_>) {
     });
 }
 
-/// More than the server takes at a time: the others wait for their turn, and get it.
+/// More than the server takes at a time, and hordes that leave as soon as they have come.
 fn too_many_clients(target: &Target<'_>) {
     target.survives("too many clients", |target| {
         let crowd: Vec<UnixStream> =
@@ -239,6 +239,20 @@ fn too_many_clients(target: &Target<'_>) {
     });
 }
 
+/// A crowd that takes all places and says nothing. Whoever comes to the point gets in at once, again and again, and
+/// those who are in stay in.
+fn a_crowd_that_says_nothing(target: &Target<'_>) {
+    target.survives("a crowd that says nothing", |target| {
+        let mut regular = crate::client::Client::connect(target.uri);
+        for _ in 0..3 {
+            let crowd: Vec<UnixStream> = (0..400).map(|_| dial(target.uri)).collect();
+            target.assert_good_client("a crowd that is still there");
+            assert!(regular.read(0, 4096) == target.expected[..4096]);
+            drop(crowd);
+        }
+    });
+}
+
 fn all(target: &Target<'_>) {
     garbage_instead_of_a_handshake(target);
     options_that_make_no_sense(target);
@@ -248,6 +262,7 @@ fn all(target: &Target<'_>) {
     requests_that_are_none(target);
     answers_that_nobody_reads(target);
     too_many_clients(target);
+    a_crowd_that_says_nothing(target);
 }
 
 /// More clients than the server has descriptors for.

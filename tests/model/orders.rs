@@ -100,7 +100,10 @@ impl World {
             ensure!(self.lenient(whole.is_none()), "I9", "{whole:?} is fetched to be overwritten");
         }
         if self.hydrating {
-            let told = (run.start..run.end).find(|&b| self.told_zero[b as usize]);
+            // It has forgotten, and asks again: until it is told, zeros that cross as holes may be fetched.
+            let asks = |block| self.tasks.iter().any(|t| matches!(t.what, What::Query(run) if run.contains(block)));
+            let forgot = |block| self.setup.config.compact && asks(block);
+            let told = (run.start..run.end).find(|&block| self.told_zero[block as usize] && !forgot(block));
             ensure!(told.is_none(), "I6", "block {told:?} is known to be zeros, and is fetched");
         }
         self.fetches.push(Fetch { id, run, lane, arrived: false });

@@ -3,7 +3,7 @@
 use std::thread;
 
 use crate::client::Client;
-use crate::common::noise;
+use crate::common::{Device, noise};
 use crate::manners::Manners;
 use crate::rig::{BLOCK, Rig, assert_disk, assert_raw_image};
 use crate::source::Source;
@@ -78,19 +78,43 @@ fn read_at_random(uri: &str, expected: &[u8], seed: u64) {
     }
 }
 
+/// A foreign source is asked for nothing before it has told its zeros: they might cross as data.
 #[test]
 fn zeros_that_the_source_tells_are_not_asked_for() {
+    let mut rig = Rig::new(4096, Manners { extents: true, identity: None, ..Manners::default() });
+    let zeros = with_zeros(&mut rig);
+    let device = rig.attach("off");
+    let samples = rig.source.times_asked(BLOCK);
+    device.set("hydrate=auto");
+    device.wait_complete();
+    for (block, times) in rig.source.times_asked(BLOCK).into_iter().enumerate() {
+        assert_eq!(times - samples[block], u32::from(!zeros(block)), "block {block}");
+    }
+    assert_whole(device, &rig);
+}
+
+/// A blkferry export sends zeros as holes: they may be asked for while it is asked where they are, once.
+#[test]
+fn zeros_of_an_export_are_asked_for_once_at_most() {
     let mut rig = Rig::new(4096, Manners { extents: true, ..Manners::default() });
-    // Two stretches of zeros, one of them with blocks that are zeros only in part at its ends.
+    let zeros = with_zeros(&mut rig);
+    let device = rig.attach("auto");
+    device.wait_complete();
+    for (block, times) in rig.source.times_asked(BLOCK).into_iter().enumerate() {
+        assert!(times == 1 || (times == 0 && zeros(block)), "block {block}: {times} times");
+    }
+    assert_whole(device, &rig);
+}
+
+/// Makes two stretches of zeros, one of them with blocks that are zeros only in part at its ends.
+fn with_zeros(rig: &mut Rig) -> impl Fn(usize) -> bool + use<> {
     rig.expected[256 * 4096..1024 * 4096].fill(0);
     rig.expected[2000 * 4096 + 700..3000 * 4096 + 100].fill(0);
     rig.source.set_image(rig.expected.clone());
-    let device = rig.attach("auto");
-    device.wait_complete();
-    let zeros = |block: usize| (256..1024).contains(&block) || (2001..3000).contains(&block);
-    for (block, times) in rig.source.times_asked(BLOCK).into_iter().enumerate() {
-        assert_eq!(times, u32::from(!zeros(block)), "block {block}");
-    }
+    |block| (256..1024).contains(&block) || (2001..3000).contains(&block)
+}
+
+fn assert_whole(device: Device<'_>, rig: &Rig) {
     let mut client = Client::connect(&device.uri);
     assert_disk(&mut client, &rig.expected);
     assert_raw_image(device, &rig.cache(), &rig.expected);
