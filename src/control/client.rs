@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::protocol::{Answer, Request};
 use super::rundir::RunDir;
+use crate::uring::connect_to_living;
 
 /// A daemon answers quickly, but a last commit of a slow disk may take its time.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -40,7 +41,7 @@ impl Client {
     }
 
     fn connect_to(path: &Path, name: &str) -> Result<Self, ControlError> {
-        let stream = UnixStream::connect(path).map_err(|_| ControlError::NotRunning(name.into()))?;
+        let (stream, _) = connect_to_living(path).map_err(|_| ControlError::NotRunning(name.into()))?;
         let broken = |e| ControlError::Broken(name.into(), e);
         stream.set_read_timeout(Some(PATIENCE)).map_err(broken)?;
         Ok(Self { name: name.into(), reader: BufReader::new(stream) })

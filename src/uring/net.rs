@@ -370,19 +370,24 @@ fn is_taken(path: &Path) -> bool {
     }
 }
 
-/// The process that listens on a socket; 0 for one that this process cannot see. The kernel may keep the socket of a
-/// dead one open, while it takes its ring apart: that is nobody.
+/// The process that listens on a socket; 0 for one that this process cannot see.
 fn listener_of(path: &Path) -> Option<i32> {
-    let stream = UnixStream::connect(path).ok()?;
+    connect_to_living(path).ok().map(|(_, pid)| pid)
+}
+
+/// Connects to a unix socket, and tells the process that listens there; 0 for one that this process cannot see. The
+/// kernel may keep the socket of a dead one open, while it takes its ring apart: that is nobody.
+pub fn connect_to_living(path: &Path) -> io::Result<(UnixStream, i32)> {
+    let stream = UnixStream::connect(path)?;
     let peer = nix::sys::socket::getsockopt(&stream, nix::sys::socket::sockopt::PeerCredentials);
     let pid = peer.map_or(0, |peer| peer.pid());
     // Z and X, after the name in parentheses: proc(5).
     let is_dead = |stat: &str| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X']));
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
-        _ if pid == 0 => Some(0),
-        Ok(stat) if is_dead(&stat) => None,
-        Err(e) if e.kind() == io::ErrorKind::NotFound => None,
-        _ => Some(pid),
+        _ if pid == 0 => Ok((stream, pid)),
+        Ok(stat) if is_dead(&stat) => Err(io::ErrorKind::ConnectionRefused.into()),
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Err(io::ErrorKind::ConnectionRefused.into()),
+        _ => Ok((stream, pid)),
     }
 }
 

@@ -22,6 +22,7 @@ mod servers;
 mod changes;
 mod copies;
 mod cuts;
+mod cycles;
 mod export;
 mod far;
 mod faults;

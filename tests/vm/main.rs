@@ -74,7 +74,7 @@ macro_rules! on_kernels {
 
 on_kernels! {
     filesystem_on_6_12 filesystem_on_7_2 "filesystem.sh";
-    traffic_on_6_12 traffic_on_7_2 "traffic.sh";
+    traffic_on_6_12 traffic_on_7_2 "traffic.sh" "--cpus" "4";
     recovery_on_6_12 recovery_on_7_2 "recovery.sh";
     life_on_6_12 life_on_7_2 "life.sh";
     stacks_on_6_12 stacks_on_7_2 "stacks.sh";
