@@ -27,7 +27,9 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let run = RunDir::open()?;
-    let mut client = match Client::connect(&run, &args.name) {
+    let request = Request::Detach { incomplete: args.incomplete };
+    let asked = Client::connect(&run, &args.name).and_then(|mut client| client.ask(&request, |_| {}));
+    let detached: Detached = match asked {
         Err(ControlError::NotRunning(name)) if args.force => {
             if !daemon::forget(&run, &name)? {
                 return Err(ControlError::NotRunning(name).into());
@@ -37,7 +39,6 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         }
         other => other?,
     };
-    let detached: Detached = client.ask(&Request::Detach { incomplete: args.incomplete }, |_| {})?;
     if args.json {
         outln!("{}", serde_json::to_string(&detached)?);
     } else if detached.complete {

@@ -9,7 +9,7 @@ use serde::de::DeserializeOwned;
 
 use super::protocol::{Answer, Request};
 use super::rundir::RunDir;
-use crate::uring::connect_to_living;
+use crate::uring::{connect_to_living, is_dying};
 
 /// A daemon answers quickly, but a last commit of a slow disk may take its time.
 const PATIENCE: Duration = Duration::from_secs(120);
@@ -31,6 +31,7 @@ pub enum ControlError {
 /// A connection to a daemon.
 pub struct Client {
     name: String,
+    pid: i32,
     reader: BufReader<UnixStream>,
 }
 
@@ -41,10 +42,10 @@ impl Client {
     }
 
     fn connect_to(path: &Path, name: &str) -> Result<Self, ControlError> {
-        let (stream, _) = connect_to_living(path).map_err(|_| ControlError::NotRunning(name.into()))?;
+        let (stream, pid) = connect_to_living(path).map_err(|_| ControlError::NotRunning(name.into()))?;
         let broken = |e| ControlError::Broken(name.into(), e);
         stream.set_read_timeout(Some(PATIENCE)).map_err(broken)?;
-        Ok(Self { name: name.into(), reader: BufReader::new(stream) })
+        Ok(Self { name: name.into(), pid, reader: BufReader::new(stream) })
     }
 
     /// Asks, and waits for the answer; progress goes to `progress`.
@@ -53,7 +54,16 @@ impl Client {
         request: &Request,
         mut progress: impl FnMut(serde_json::Value),
     ) -> Result<T, ControlError> {
-        let broken = |e| ControlError::Broken(self.name.clone(), e);
+        let (name, pid) = (self.name.clone(), self.pid);
+        let broken = |e: io::Error| match e.kind() {
+            // Killed, and its socket outlives it by a moment.
+            io::ErrorKind::ConnectionReset | io::ErrorKind::BrokenPipe | io::ErrorKind::UnexpectedEof
+                if is_dying(pid) =>
+            {
+                ControlError::NotRunning(name.clone())
+            }
+            _ => ControlError::Broken(name.clone(), e),
+        };
         let mut line = serde_json::to_vec(request).expect("plain data serializes");
         line.push(b'\n');
         self.reader.get_mut().write_all(&line).map_err(broken)?;

@@ -381,13 +381,28 @@ pub fn connect_to_living(path: &Path) -> io::Result<(UnixStream, i32)> {
     let stream = UnixStream::connect(path)?;
     let peer = nix::sys::socket::getsockopt(&stream, nix::sys::socket::sockopt::PeerCredentials);
     let pid = peer.map_or(0, |peer| peer.pid());
+    if pid != 0 && is_gone(pid) { Err(io::ErrorKind::ConnectionRefused.into()) } else { Ok((stream, pid)) }
+}
+
+/// Is this process dead, or about to be within the moment that dying may take? It is asked about when its socket has
+/// broken.
+pub fn is_dying(pid: i32) -> bool {
+    let started = Instant::now();
+    while pid != 0 && started.elapsed() < DYING {
+        if is_gone(pid) {
+            return true;
+        }
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    false
+}
+
+fn is_gone(pid: i32) -> bool {
     // Z and X, after the name in parentheses: proc(5).
     let is_dead = |stat: &str| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X']));
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
-        _ if pid == 0 => Ok((stream, pid)),
-        Ok(stat) if is_dead(&stat) => Err(io::ErrorKind::ConnectionRefused.into()),
-        Err(e) if e.kind() == io::ErrorKind::NotFound => Err(io::ErrorKind::ConnectionRefused.into()),
-        _ => Ok((stream, pid)),
+        Ok(stat) => is_dead(&stat),
+        Err(e) => e.kind() == io::ErrorKind::NotFound,
     }
 }
 
