@@ -10,13 +10,14 @@ import subprocess
 from pathlib import Path
 
 import demand
+import hostile
 import hydrate
 import local
 import ublk
 import writes
 from tools import Bench, run
 
-COMPONENTS = {module.__name__: module for module in (hydrate, demand, local, writes, ublk)}
+COMPONENTS = {module.__name__: module for module in (hydrate, demand, local, writes, hostile, ublk)}
 
 
 def machine():

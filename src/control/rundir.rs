@@ -10,11 +10,13 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
+use crate::uring::{is_dead, is_dying};
+
 /// Longest name of a device: it becomes part of a socket's path.
 const MAX_NAME: usize = 48;
 
 /// A name may be held for a moment by a daemon that was just killed, or by somebody who lists the devices.
-const CLAIM_PATIENCE: Duration = Duration::from_millis(500);
+const CLAIM_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why there is no run directory.
 #[derive(Debug, thiserror::Error)]
@@ -172,6 +174,13 @@ impl RunDir {
         }
     }
 
+    /// The entry of a device whose daemon is dead, or dying.
+    pub fn dead(&self, name: &str) -> io::Result<Option<Entry>> {
+        let entries = self.entries()?.into_iter();
+        let found = entries.filter(|(entry, alive)| entry.name == name && (!alive || is_dying(entry.pid as i32)));
+        Ok(found.map(|(entry, _)| entry).next())
+    }
+
     /// All devices that have an entry, each with "is its daemon alive?", by name.
     pub fn entries(&self) -> io::Result<Vec<(Entry, bool)>> {
         let mut entries = Vec::new();
@@ -183,7 +192,8 @@ impl RunDir {
             let Ok(text) = fs::read_to_string(&path) else { continue };
             let Ok(entry) = serde_json::from_str::<Entry>(&text) else { continue };
             let free = File::open(&path).is_ok_and(|file| file.try_lock_shared().is_ok());
-            entries.push((entry, !free));
+            let alive = !free && !is_dead(entry.pid as i32);
+            entries.push((entry, alive));
         }
         entries.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
         Ok(entries)

@@ -72,19 +72,18 @@ pub(super) fn refuse_orphans(run_dir: &RunDir, claim: &Claim, options: &DaemonOp
 
 /// Does a block device of this name wait for another daemon?
 pub fn waits_for_daemon(run_dir: &RunDir, name: &str) -> bool {
-    let dead = run_dir.entries().unwrap_or_default().into_iter().filter(|(_, alive)| !alive).map(|(entry, _)| entry);
-    let mut devices = dead.filter(|entry| entry.name == name).filter_map(|entry| entry.ublk);
-    devices.any(|ublk| ublk::is_orphan(ublk.id, ublk.mark))
+    let dead = run_dir.dead(name).ok().flatten();
+    dead.and_then(|entry| entry.ublk).is_some_and(|ublk| ublk::is_orphan(ublk.id, ublk.mark))
 }
 
 /// What to run to take over the device of a daemon that died.
 pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, DaemonError> {
-    let entries = run_dir.entries().map_err(|e| DaemonError::Io("the run directory cannot be read", e))?;
+    let unreadable = |e| DaemonError::Io("the run directory cannot be read", e);
     let unknown = || DaemonError::NothingToRecover(name.into());
-    let (entry, alive) = entries.into_iter().find(|(entry, _)| entry.name == name).ok_or_else(unknown)?;
-    if alive {
-        return Err(DaemonError::Alive(name.into()));
-    }
+    let Some(entry) = run_dir.dead(name).map_err(unreadable)? else {
+        let is_there = run_dir.entries().map_err(unreadable)?.iter().any(|(entry, _)| entry.name == name);
+        return Err(if is_there { DaemonError::Alive(name.into()) } else { unknown() });
+    };
     let Entry { name, cache, ublk, .. } = entry;
     let ublk = ublk.ok_or_else(unknown)?;
     let damaged = |what: String| DaemonError::Entry { name: name.clone(), what };
@@ -113,9 +112,8 @@ pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, Daemon
 /// Removes what a dead daemon left: its block device too.
 /// `Ok(false)`: there was nothing.
 pub fn forget(run_dir: &RunDir, name: &str) -> Result<bool, DaemonError> {
-    let entries = run_dir.entries().map_err(|e| DaemonError::Io("the run directory cannot be read", e))?;
-    let dead = entries.into_iter().find(|(entry, alive)| entry.name == name && !alive);
-    if let Some(ublk) = dead.and_then(|(entry, _)| entry.ublk) {
+    let dead = run_dir.dead(name).map_err(|e| DaemonError::Io("the run directory cannot be read", e))?;
+    if let Some(ublk) = dead.and_then(|entry| entry.ublk) {
         ublk::remove_orphan(ublk.id, ublk.mark).map_err(|e| DaemonError::Orphaned { id: ublk.id, source: e })?;
         withdraw(&ublk);
     }

@@ -16,12 +16,11 @@ use io_uring::{opcode, types};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 
+use super::peer::{DYING, connect_to_living};
 use super::reactor::submit;
 
 /// Zeros that are sent or written without being stored.
 static ZEROS: [u8; 64 << 10] = [0; 64 << 10];
-/// How long a process that was killed may go on to hold its socket.
-const DYING: Duration = Duration::from_secs(1);
 /// Most that is tried to be sent on the spot.
 const MAX_SENT_NOW_BYTES: usize = 32 << 10;
 /// Parts handed to one sendmsg(2); the kernel's own limit (IOV_MAX) is 1024.
@@ -373,37 +372,6 @@ fn is_taken(path: &Path) -> bool {
 /// The process that listens on a socket; 0 for one that this process cannot see.
 fn listener_of(path: &Path) -> Option<i32> {
     connect_to_living(path).ok().map(|(_, pid)| pid)
-}
-
-/// Connects to a unix socket, and tells the process that listens there; 0 for one that this process cannot see. The
-/// kernel may keep the socket of a dead one open, while it takes its ring apart: that is nobody.
-pub fn connect_to_living(path: &Path) -> io::Result<(UnixStream, i32)> {
-    let stream = UnixStream::connect(path)?;
-    let peer = nix::sys::socket::getsockopt(&stream, nix::sys::socket::sockopt::PeerCredentials);
-    let pid = peer.map_or(0, |peer| peer.pid());
-    if pid != 0 && is_gone(pid) { Err(io::ErrorKind::ConnectionRefused.into()) } else { Ok((stream, pid)) }
-}
-
-/// Is this process dead, or about to be within the moment that dying may take? It is asked about when its socket has
-/// broken.
-pub fn is_dying(pid: i32) -> bool {
-    let started = Instant::now();
-    while pid != 0 && started.elapsed() < DYING {
-        if is_gone(pid) {
-            return true;
-        }
-        std::thread::sleep(Duration::from_millis(10));
-    }
-    false
-}
-
-fn is_gone(pid: i32) -> bool {
-    // Z and X, after the name in parentheses: proc(5).
-    let is_dead = |stat: &str| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X']));
-    match fs::read_to_string(format!("/proc/{pid}/stat")) {
-        Ok(stat) => is_dead(&stat),
-        Err(e) => e.kind() == io::ErrorKind::NotFound,
-    }
 }
 
 impl AsFd for Listener {
