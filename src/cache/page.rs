@@ -57,6 +57,13 @@ fn payload_range(sector: usize) -> std::ops::Range<usize> {
     sector * SECTOR_BYTES + start..sector * SECTOR_BYTES + SEAL_AT
 }
 
+/// What a page carries, whatever its seals say.
+pub(super) fn payload(bytes: &[u8]) -> Vec<u8> {
+    let mut payload = Vec::with_capacity(PAYLOAD_BYTES);
+    (0..SECTORS).for_each(|sector| payload.extend_from_slice(&bytes[payload_range(sector)]));
+    payload
+}
+
 /// A sector of another page, or at another place in this one, must not pass.
 fn checksum(kind: u32, index: u64, sector: usize, bytes: &[u8]) -> u32 {
     let mut place = [0; 16];
@@ -121,8 +128,7 @@ impl SealedPage {
         if &bytes[..8] != MAGIC || header.kind != kind || header.index != index {
             return CopyState::Damaged(None);
         }
-        let payload = (0..SECTORS).flat_map(|sector| bytes[payload_range(sector)].iter().copied()).collect();
-        CopyState::Valid(Self { payload, ..header })
+        CopyState::Valid(Self { payload: payload(bytes), ..header })
     }
 
     fn header(bytes: &[u8]) -> Self {

@@ -24,10 +24,12 @@
 
 mod carry;
 mod check;
+mod commit;
 mod disk;
 mod ending;
 mod guest;
 mod history;
+mod metadata;
 mod orders;
 mod pairs;
 #[cfg(feature = "planted-faults")]

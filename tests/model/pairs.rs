@@ -176,7 +176,7 @@ impl Search<'_> {
                     fail(world, at, rng)?;
                 }
                 Choice::Kill => {
-                    world.kill();
+                    world.kill()?;
                     return world.complete_the_device(rng);
                 }
                 Choice::PowerCut(survives) => {
@@ -198,7 +198,8 @@ fn possible(world: &World, has_input: bool, grain: Grain, trouble: Trouble) -> V
         let one_step =
             grain == Grain::Coarse || task.left() == 0 || matches!(task.what, What::Local(_, _, Act::Deliver));
         choices.push(if one_step { Choice::End(at) } else { Choice::Work(at) });
-        if trouble == Trouble::Failure && one_step {
+        let may_fail = !matches!(task.what, What::Commit(stage) if !stage.may_fail());
+        if trouble == Trouble::Failure && one_step && may_fail {
             choices.push(Choice::Fail(at));
         }
     }
@@ -223,8 +224,8 @@ fn end(world: &mut World, at: usize, trouble: Trouble) -> Checked {
         // between the beginning and the end of a sync might as well come after it; and while no crash can come,
         // it does not matter when something becomes durable.
         let goes_on = match world.tasks.get(at).map(|task| &task.what) {
-            Some(What::Commit(Stage::DataSynced(..) | Stage::SyncPages)) => true,
-            Some(What::Commit(Stage::SyncData(_) | Stage::WritePages(_))) => trouble != Trouble::Crash,
+            Some(What::Commit(Stage::DataSynced(_) | Stage::SyncMetadata)) => true,
+            Some(What::Commit(Stage::SyncData | Stage::WriteMap)) => trouble == Trouble::None,
             _ => false,
         };
         if !goes_on {
@@ -237,7 +238,7 @@ fn fail(world: &mut World, at: usize, rng: &mut Rng) -> Checked {
     if !matches!(world.tasks[at].what, What::Commit(_)) {
         return world.finish(at, Err(Errno::EIO));
     }
-    world.commit_fails(at)?;
+    world.commit_fails(at, Survives::None, rng)?;
     world.drain(rng)?;
     world.cut_power(Survives::None, rng)
 }

@@ -120,12 +120,12 @@ fn end(world: &mut World, rng: &mut Rng) -> Checked {
         world.silence(rng)?;
     }
     let crash = rng.below(8);
-    if crash == 0 {
-        world.kill();
-    } else if crash == 1 || world.engine.failed().is_some() {
+    if crash == 1 || world.engine.failed().is_some() {
         // A device that has failed is not trusted before its machine was started anew.
         world.drain(rng)?;
         world.cut_power(survivors(rng), rng)?;
+    } else if crash == 0 {
+        world.kill()?;
     } else if crash == 2 {
         world.cut_power(survivors(rng), rng)?;
     }
@@ -157,11 +157,8 @@ impl Turn<'_> {
             2 => world.feed(Event::Hydrate).map(drop),
             3 => world.feed(Event::CommitDue).map(drop),
             4 => world.silence(self.rng),
-            5 => {
-                world.kill();
-                Ok(())
-            }
-            6 => world.cut_power(survivors(self.rng), self.rng),
+            5 if world.engine.failed().is_none() => world.kill(),
+            5 | 6 => world.cut_power(survivors(self.rng), self.rng),
             _ => self.work(),
         }
     }
@@ -217,7 +214,9 @@ impl Turn<'_> {
                 let extents = told_extents(&world.setup, *run, rng);
                 return world.answer(at, extents);
             }
-            What::Commit(_) if fails && rng.percent(30) => return world.commit_fails(at),
+            What::Commit(stage) if stage.may_fail() && fails && rng.percent(30) => {
+                return world.commit_fails(at, survivors(rng), rng);
+            }
             What::Commit(_) => return world.commit_step(at),
             _ => {}
         }
