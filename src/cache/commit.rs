@@ -83,6 +83,9 @@ pub struct Committer {
     superblock: Superblock,
     superblock_newest: Newest,
     newest: Vec<Newest>,
+    /// Is the newest copy of each page, as it was found, durable? A daemon that was killed may have written it
+    /// and not synced it: this process reads it, but a power cut would leave the older copy, perhaps torn.
+    found_is_durable: bool,
     #[cfg(feature = "planted-faults")]
     fault: Option<PlantedFault>,
 }
@@ -94,6 +97,7 @@ impl Committer {
             superblock: recovered.superblock.clone(),
             superblock_newest: recovered.superblock_newest,
             newest: recovered.newest.clone(),
+            found_is_durable: false,
             #[cfg(feature = "planted-faults")]
             fault: None,
         }
@@ -129,7 +133,8 @@ impl Committer {
     ///    not cover; it is left for the next commit.
     /// 2. Sync the data. Every bit that was taken was set after its data was written, so all of that
     ///    data is durable now. Only then may a bit that says so reach the disk.
-    /// 3. Write each page over its *older* copy, so that a cut leaves the newest committed copy whole.
+    /// 3. Write each page over its *older* copy, so that a cut leaves the newest committed copy whole. (The first
+    ///    commit of a process syncs the metadata before: what it found may not be on the disk yet.)
     /// 4. Sync the metadata. Only after that is a flush answered.
     ///
     /// An error anywhere is final for the device: after a failed fdatasync the kernel may have dropped
@@ -138,6 +143,9 @@ impl Committer {
         let pages = maps.take_changed();
         let mut todo = VecDeque::from([Todo::SyncData]);
         if !pages.is_empty() {
+            if !self.found_is_durable {
+                todo.push_back(Todo::SyncMetadata);
+            }
             todo.extend((0..pages.len()).map(Todo::Write));
             todo.push_back(Todo::SyncMetadata);
         }
@@ -155,6 +163,8 @@ impl Committer {
         Some(match commit.todo.pop_front()? {
             Todo::SyncData => Step::SyncData,
             Todo::Write(index) => {
+                // No page is written before the first sync of the metadata has gone well.
+                self.found_is_durable = true;
                 let image = &commit.pages[index];
                 let newest = &mut self.newest[image.page as usize];
                 *newest = newest.next();
@@ -175,6 +185,10 @@ impl Committer {
         let mut next = self.superblock.clone();
         change(&mut next);
         if next != self.superblock {
+            if !self.found_is_durable {
+                file.sync()?;
+                self.found_is_durable = true;
+            }
             self.superblock_newest = file.write_superblock(&next, self.superblock_newest)?;
             self.superblock = next;
         }

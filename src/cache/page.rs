@@ -18,6 +18,7 @@ const HEADER_BYTES: usize = 64;
 const SEAL_BYTES: usize = 8;
 const SEAL_AT: usize = SECTOR_BYTES - SEAL_BYTES;
 const MAGIC: &[u8; 8] = b"BLKFERRY";
+static BLANK: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 /// What a sealed page holds and where it belongs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -102,7 +103,7 @@ impl SealedPage {
     /// Judges the bytes found where page `index` of `kind` belongs.
     pub fn decode(bytes: &[u8], kind: u32, index: u64) -> CopyState {
         assert_eq!(bytes.len(), PAGE_BYTES, "a copy is read whole");
-        if bytes.iter().all(|&b| b == 0) {
+        if bytes == BLANK {
             return CopyState::Blank;
         }
         let mut sequences = Vec::with_capacity(SECTORS);

@@ -312,6 +312,9 @@ impl Engine {
         match self.ops.end_part(op, result) {
             Ended::Not => {}
             Ended::Complete(result) => out.push(Action::Complete { op, result }),
+            // The sync that failed may have dropped what this write had written before its own sync (I11).
+            Ended::Durable if self.failed.is_some() => out.push(Action::Complete { op, result: Err(Errno::EIO) }),
+            Ended::Durable => out.push(Action::Complete { op, result: Ok(()) }),
             Ended::AfterCommit => self.flush(op, out),
         }
     }

@@ -59,8 +59,11 @@ impl World {
             }
             What::Hit(op, act) => {
                 self.local_ended(op, act, &task, result)?;
+                let dsync = act == Act::Write { dsync: true };
+                // After a failed commit the frontend promises nothing.
+                let result = if dsync && self.engine.failed().is_some() { Err(Errno::EIO) } else { result };
                 // FUA on bits that were not durable: the frontend's write is done, a flush makes it so.
-                let needs_flush = self.guest(op)?.is_fua() && act != (Act::Write { dsync: true });
+                let needs_flush = self.guest(op)?.is_fua() && !dsync;
                 if needs_flush && result.is_ok() {
                     self.feed(Event::Flush { op })?;
                 } else {

@@ -170,7 +170,7 @@ impl Search<'_> {
             match choices[path.pick(choices.len())] {
                 Choice::Input => input(world, *inputs.next().expect("one is left"))?,
                 Choice::Work(at) => world.progress(at, u64::MAX, true)?,
-                Choice::End(at) => end(world, at, trouble)?,
+                Choice::End(at) => end(world, at, self.grain, trouble)?,
                 Choice::Fail(at) => {
                     trouble = Trouble::None;
                     fail(world, at, rng)?;
@@ -217,7 +217,7 @@ fn input(world: &mut World, input: Input) -> Checked {
     }
 }
 
-fn end(world: &mut World, at: usize, trouble: Trouble) -> Checked {
+fn end(world: &mut World, at: usize, grain: Grain, trouble: Trouble) -> Checked {
     loop {
         world.carry_out(at)?;
         // Steps of a commit that commute with all that may come between them are one step: a write that falls
@@ -225,7 +225,12 @@ fn end(world: &mut World, at: usize, trouble: Trouble) -> Checked {
         // it does not matter when something becomes durable.
         let goes_on = match world.tasks.get(at).map(|task| &task.what) {
             Some(What::Commit(Stage::DataSynced(_) | Stage::SyncMetadata)) => true,
-            Some(What::Commit(Stage::SyncData | Stage::WriteMap)) => trouble == Trouble::None,
+            Some(What::Commit(Stage::SyncData)) => trouble == Trouble::None,
+            Some(What::Commit(Stage::WriteMap)) => match trouble {
+                Trouble::None => true,
+                Trouble::Failure => grain == Grain::Coarse,
+                Trouble::Crash => false,
+            },
             _ => false,
         };
         if !goes_on {
