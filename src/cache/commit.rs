@@ -75,6 +75,8 @@ pub enum PlantedFault {
     DataNotSynced,
     /// The map is written and synced first, the data after it.
     MapBeforeData,
+    /// What the process found is not made durable before something is written over.
+    FoundNotSynced,
 }
 
 /// Runs the commits of one cache, one at a time.
@@ -107,6 +109,7 @@ impl Committer {
     #[cfg(feature = "planted-faults")]
     pub fn plant(&mut self, fault: PlantedFault) {
         self.fault = Some(fault);
+        self.found_is_durable |= fault == PlantedFault::FoundNotSynced;
     }
 
     /// Makes everything acknowledged before this call durable: data, and the bits that say so (I1, I2).
@@ -153,7 +156,7 @@ impl Committer {
         match self.fault {
             Some(PlantedFault::DataNotSynced) => drop(todo.pop_front()),
             Some(PlantedFault::MapBeforeData) => todo.rotate_left(1),
-            None => {}
+            Some(PlantedFault::FoundNotSynced) | None => {}
         }
         Commit { pages, todo }
     }

@@ -60,6 +60,12 @@ fn a_map_that_is_durable_before_its_data_is_caught() {
     assert_caught(Fault::Commit(cache::PlantedFault::MapBeforeData), false);
 }
 
+/// Only a daemon that is killed within a commit, a successor and a power cut show it.
+#[test]
+fn a_page_that_is_written_over_while_the_other_copy_is_not_durable_is_caught() {
+    assert_caught(Fault::Commit(cache::PlantedFault::FoundNotSynced), false);
+}
+
 #[test]
 fn a_torn_map_page_that_is_used_is_caught() {
     assert_caught(Fault::TornPageUsed, false);

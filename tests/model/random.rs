@@ -36,6 +36,8 @@ struct Mood {
     fua: u64,
     cache_is_full: bool,
     source_is_mute: bool,
+    /// Of a hundred steps of a commit so many are where the power is cut.
+    cuts_in_commits: u64,
 }
 
 impl Mood {
@@ -63,6 +65,7 @@ impl Mood {
             fua: rng.one_of(&[0, 20, 60]),
             cache_is_full: rng.percent(3),
             source_is_mute: rng.percent(5),
+            cuts_in_commits: if crashes { rng.one_of(&[0, 0, 5, 20]) } else { 0 },
         }
     }
 }
@@ -217,6 +220,7 @@ impl Turn<'_> {
             What::Commit(stage) if stage.may_fail() && fails && rng.percent(30) => {
                 return world.commit_fails(at, survivors(rng), rng);
             }
+            What::Commit(_) if rng.percent(self.mood.cuts_in_commits) => return world.cut_power(survivors(rng), rng),
             What::Commit(_) => return world.commit_step(at),
             _ => {}
         }
