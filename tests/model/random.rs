@@ -36,8 +36,8 @@ struct Mood {
     fua: u64,
     cache_is_full: bool,
     source_is_mute: bool,
-    /// Of a hundred steps of a commit so many are where the power is cut.
-    cuts_in_commits: u64,
+    /// Of a hundred steps of a commit so many are where the process or the machine dies.
+    crashes_in_commits: u64,
 }
 
 impl Mood {
@@ -65,7 +65,7 @@ impl Mood {
             fua: rng.one_of(&[0, 20, 60]),
             cache_is_full: rng.percent(3),
             source_is_mute: rng.percent(5),
-            cuts_in_commits: if crashes { rng.one_of(&[0, 0, 5, 20]) } else { 0 },
+            crashes_in_commits: if crashes { rng.one_of(&[0, 0, 5, 20]) } else { 0 },
         }
     }
 }
@@ -134,6 +134,10 @@ fn end(world: &mut World, rng: &mut Rng) -> Checked {
     }
     world.complete_the_device(rng)?;
     if crash < 4 { world.prove_durability(rng) } else { Ok(()) }
+}
+
+fn crash(world: &mut World, rng: &mut Rng) -> Checked {
+    if rng.percent(50) { world.kill() } else { world.cut_power(survivors(rng), rng) }
 }
 
 fn survivors(rng: &mut Rng) -> Survives {
@@ -220,7 +224,7 @@ impl Turn<'_> {
             What::Commit(stage) if stage.may_fail() && fails && rng.percent(30) => {
                 return world.commit_fails(at, survivors(rng), rng);
             }
-            What::Commit(_) if rng.percent(self.mood.cuts_in_commits) => return world.cut_power(survivors(rng), rng),
+            What::Commit(_) if rng.percent(self.mood.crashes_in_commits) => return crash(world, rng),
             What::Commit(_) => return world.commit_step(at),
             _ => {}
         }
