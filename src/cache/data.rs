@@ -2,9 +2,10 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::AsFd;
+use std::os::fd::{AsFd, AsRawFd};
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nix::errno::Errno;
@@ -74,6 +75,9 @@ pub enum CacheError {
 #[derive(Clone, Debug)]
 pub struct DataFile {
     io: FileIo,
+    /// The same file, opened once more, for commits alone. The kernel tells each opening once that something could
+    /// not be written: a write with RWF_DSYNC by the other one must not take that from the commit (I11).
+    for_sync: Arc<File>,
     is_device: bool,
 }
 
@@ -112,7 +116,9 @@ impl DataFile {
         } else {
             check_size(path, file.metadata().map_err(io("stat"))?.len(), size_bytes)?;
         }
-        Ok(Self { io: file.into(), is_device })
+        // By its descriptor: the name may lead elsewhere by now.
+        let again = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(io("open a second time"))?;
+        Ok(Self { io: file.into(), for_sync: Arc::new(again), is_device })
     }
 
     /// Refuses a device with something on it: partition tables and file systems are at its start or its end.
@@ -143,7 +149,7 @@ impl DataFile {
 
     /// fdatasync(2). Blocks: for the commit thread.
     pub fn sync_data(&self) -> io::Result<()> {
-        Ok(nix::unistd::fdatasync(self.io.fd())?)
+        self.for_sync.sync_data()
     }
 
     /// Can a range be turned into zeros without writing them?

@@ -15,12 +15,16 @@ mod live;
 mod metadata;
 mod open;
 mod page;
+mod recover;
 mod superblock;
 
-pub use commit::{CommitReport, Committer, Durable};
+#[cfg(feature = "planted-faults")]
+pub use commit::PlantedFault;
+pub use commit::{Commit, CommitReport, Committer, Durable, Step};
 pub use data::{CacheError, DataFile};
 pub use live::{LiveError, LiveMap};
-pub use metadata::{MetadataError, MetadataFile, Recovered};
+pub use metadata::{MetadataError, MetadataFile, encode_superblock, file_bytes, map_offset};
 pub use open::{Cache, CacheOptions, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Store, default_metadata_path, peek};
 pub use page::{CopyState, PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
+pub use recover::{ReadAt, Recovered, Recovery};
 pub use superblock::{CacheState, FORMAT_VERSION, Superblock};

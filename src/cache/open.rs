@@ -10,7 +10,8 @@ use uuid::Uuid;
 use super::commit::{CommitReport, Committer, Durable};
 use super::data::{CacheError, DataFile};
 use super::live::{LiveError, LiveMap, boot_id};
-use super::metadata::{MetadataError, MetadataFile, Recovered, fits};
+use super::metadata::{MetadataError, MetadataFile, fits};
+use super::recover::Recovered;
 use super::superblock::{CacheState, Superblock};
 use crate::engine::{Geometry, GeometryError, Maps, Words, load_page};
 

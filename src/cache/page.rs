@@ -18,6 +18,7 @@ const HEADER_BYTES: usize = 64;
 const SEAL_BYTES: usize = 8;
 const SEAL_AT: usize = SECTOR_BYTES - SEAL_BYTES;
 const MAGIC: &[u8; 8] = b"BLKFERRY";
+static BLANK: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 /// What a sealed page holds and where it belongs.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -55,6 +56,13 @@ pub enum CopyState {
 fn payload_range(sector: usize) -> std::ops::Range<usize> {
     let start = if sector == 0 { HEADER_BYTES } else { 0 };
     sector * SECTOR_BYTES + start..sector * SECTOR_BYTES + SEAL_AT
+}
+
+/// What a page carries, whatever its seals say.
+pub(super) fn payload(bytes: &[u8]) -> Vec<u8> {
+    let mut payload = Vec::with_capacity(PAYLOAD_BYTES);
+    (0..SECTORS).for_each(|sector| payload.extend_from_slice(&bytes[payload_range(sector)]));
+    payload
 }
 
 /// A sector of another page, or at another place in this one, must not pass.
@@ -95,7 +103,7 @@ impl SealedPage {
     /// Judges the bytes found where page `index` of `kind` belongs.
     pub fn decode(bytes: &[u8], kind: u32, index: u64) -> CopyState {
         assert_eq!(bytes.len(), PAGE_BYTES, "a copy is read whole");
-        if bytes.iter().all(|&b| b == 0) {
+        if bytes == BLANK {
             return CopyState::Blank;
         }
         let mut sequences = Vec::with_capacity(SECTORS);
@@ -121,8 +129,7 @@ impl SealedPage {
         if &bytes[..8] != MAGIC || header.kind != kind || header.index != index {
             return CopyState::Damaged(None);
         }
-        let payload = (0..SECTORS).flat_map(|sector| bytes[payload_range(sector)].iter().copied()).collect();
-        CopyState::Valid(Self { payload, ..header })
+        CopyState::Valid(Self { payload: payload(bytes), ..header })
     }
 
     fn header(bytes: &[u8]) -> Self {

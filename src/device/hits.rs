@@ -60,6 +60,8 @@ impl Queue {
         let (result, data) = self.cache.write_from(data, range.len() as usize, range.start, dsync).await;
         match result {
             Err(e) => (Err(self.io_error("write", &e)), data),
+            // A commit that failed meanwhile may have dropped what this write had written before its own sync.
+            Ok(()) if dsync => (self.check_health(), data),
             Ok(()) => (self.finish_change(fua && !dsync).await, data),
         }
     }

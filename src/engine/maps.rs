@@ -300,9 +300,10 @@ impl Maps {
 pub fn load_page(words: &[AtomicU64], image: &PageImage) {
     let (present, dirty) = words.split_at(words.len() / 2);
     let first = image.page as usize * PAGE_WORDS;
-    for offset in 0..PAGE_WORDS {
-        present[first + offset].fetch_or(image.present[offset], Ordering::Relaxed);
-        dirty[first + offset].fetch_or(image.dirty[offset], Ordering::Relaxed);
+    for (map, bits) in [(present, &image.present), (dirty, &image.dirty)] {
+        for (offset, bits) in bits.iter().enumerate().filter(|(_, bits)| **bits != 0) {
+            map[first + offset].fetch_or(*bits, Ordering::Relaxed);
+        }
     }
 }
 

@@ -29,6 +29,8 @@ pub(super) enum Ended {
     Not,
     /// Tell the guest.
     Complete(Result<(), Errno>),
+    /// Tell the guest, who asked for durability, that all was written durably.
+    Durable,
     /// It asked for durability, and its bits are not committed: after the next commit.
     AfterCommit,
 }
@@ -71,6 +73,7 @@ impl Ops {
         match op.error {
             Some(errno) => Ended::Complete(Err(errno)),
             None if op.kind.wants_fua() && op.needs_commit => Ended::AfterCommit,
+            None if op.kind.wants_fua() => Ended::Durable,
             None => Ended::Complete(Ok(())),
         }
     }

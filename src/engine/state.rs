@@ -33,6 +33,10 @@ pub enum PlantedFault {
     BitBeforeData,
     /// A fetch writes all of its blocks, also those that the guest wrote meanwhile.
     FetchOverwrites,
+    /// The present bit is set when a write of the guest begins, not when it has ended.
+    PresentOnSubmit,
+    /// A request that joins a fetch is forgotten.
+    WaiterDropped,
 }
 
 struct Fetch {
@@ -233,6 +237,8 @@ impl Engine {
                 }
                 self.end_part(piece.op, Ok(()), out);
             }
+            #[cfg(feature = "planted-faults")]
+            State::Owned(Owner::Wire(_)) if self.fault == Some(PlantedFault::WaiterDropped) => {}
             State::Owned(Owner::Wire(fetch)) => self.wait_for_wire(fetch, piece),
             State::Owned(Owner::Storing(fetch)) => {
                 self.fetches.get_mut(&fetch).expect("an owner exists").after.push(piece);
@@ -274,6 +280,10 @@ impl Engine {
         };
         if let Some(run) = overwrites {
             self.inflight.give(run, Owner::Overwriting(io));
+            #[cfg(feature = "planted-faults")]
+            if self.fault == Some(PlantedFault::PresentOnSubmit) {
+                self.maps.mark_present(run);
+            }
         }
         self.ios.insert(io, LocalIo { op, overwrites: overwrites.map(|run| (run, Vec::new())) });
         out.push(match kind {
@@ -302,6 +312,9 @@ impl Engine {
         match self.ops.end_part(op, result) {
             Ended::Not => {}
             Ended::Complete(result) => out.push(Action::Complete { op, result }),
+            // The sync that failed may have dropped what this write had written before its own sync (I11).
+            Ended::Durable if self.failed.is_some() => out.push(Action::Complete { op, result: Err(Errno::EIO) }),
+            Ended::Durable => out.push(Action::Complete { op, result: Ok(()) }),
             Ended::AfterCommit => self.flush(op, out),
         }
     }

@@ -95,7 +95,9 @@ fn map_pages_and_the_order_of_a_commit() {
     second.present[0] = 1;
     let mut notes = Notes::default();
     committer.commit(&maps_with(&[map_image(), second]), &mut notes).unwrap();
-    assert_eq!(notes.steps, ["sync data", "write page 0, copy 0", "write page 1, copy 0", "sync metadata"]);
+    // What the process found is made durable before anything is written over.
+    let steps = ["sync data", "sync metadata", "write page 0, copy 0", "write page 1, copy 0", "sync metadata"];
+    assert_eq!(notes.steps, steps);
     assert_bytes(&notes.pages[0].2, &map_page(1));
     assert_bytes(&notes.pages[1].2, &second_map_page());
     // The next writes go over the older copies.

@@ -3,9 +3,8 @@
 use blkferry::engine::{Errno, Event, Extent, FetchError, Lane, OpId};
 
 use crate::check::{Checked, ensure};
-use crate::guest::Wish;
 use crate::stamp::{SECTOR, Stamp};
-use crate::task::{Act, Stage, Task, What};
+use crate::task::{Act, Task, What};
 use crate::world::World;
 
 impl World {
@@ -60,8 +59,11 @@ impl World {
             }
             What::Hit(op, act) => {
                 self.local_ended(op, act, &task, result)?;
+                let dsync = act == Act::Write { dsync: true };
+                // After a failed commit the frontend promises nothing.
+                let result = if dsync && self.engine.failed().is_some() { Err(Errno::EIO) } else { result };
                 // FUA on bits that were not durable: the frontend's write is done, a flush makes it so.
-                let needs_flush = self.guest(op)?.is_fua() && act != (Act::Write { dsync: true });
+                let needs_flush = self.guest(op)?.is_fua() && !dsync;
                 if needs_flush && result.is_ok() {
                     self.feed(Event::Flush { op })?;
                 } else {
@@ -115,59 +117,5 @@ impl World {
             self.told_zero[block as usize] = zeros[sectors.start as usize..sectors.end as usize].iter().all(|&z| z);
         }
         self.feed(Event::Extents { extents }).map(drop)
-    }
-
-    /// The commit goes one step on.
-    pub fn commit_step(&mut self, at: usize) -> Checked {
-        let What::Commit(stage) = self.tasks[at].what.clone() else {
-            unreachable!("only commits go in stages");
-        };
-        self.note(|| format!("   . commit: {}", stage.name()));
-        let next = match stage {
-            Stage::Take => Stage::SyncData(self.maps().take_changed()),
-            Stage::SyncData(pages) => Stage::DataSynced(pages, self.disk.mark()),
-            Stage::DataSynced(pages, mark) => {
-                self.disk.sync(mark);
-                if pages.is_empty() { Stage::Tell } else { Stage::WritePages(pages) }
-            }
-            Stage::WritePages(pages) => {
-                self.written_pages.extend(pages);
-                Stage::SyncPages
-            }
-            Stage::SyncPages => {
-                // Bits only grow: a newer page says all that an older one said.
-                let written = std::mem::take(&mut self.written_pages);
-                self.durable_pages.retain(|old| written.iter().all(|new| new.page != old.page));
-                self.durable_pages.extend(written);
-                Stage::Tell
-            }
-            Stage::Tell => {
-                self.tasks.swap_remove(at);
-                self.stats.commits += 1;
-                self.maps().committed();
-                let began = self.commit_began;
-                self.feed(Event::Committed { result: Ok(()) })?;
-                let waits = self.open.iter().find(|guest| guest.wish == Wish::Flush && guest.begin <= began);
-                ensure!(waits.is_none(), "group commit", "{:?} came before and still waits", waits.map(|g| g.op));
-                return Ok(());
-            }
-        };
-        self.tasks[at].what = What::Commit(next);
-        Ok(())
-    }
-
-    /// The commit fails where it stands. The device has failed with it, for good.
-    pub fn commit_fails(&mut self, at: usize) -> Checked {
-        let What::Commit(stage) = self.tasks.swap_remove(at).what else {
-            unreachable!("only commits fail like this");
-        };
-        self.note(|| format!("   . commit fails at: {}", stage.name()));
-        self.injected = true;
-        self.stats.failed_commits += 1;
-        self.maps().commit_failed();
-        self.open.iter_mut().filter(|guest| guest.wish == Wish::Flush).for_each(|guest| guest.must_fail = true);
-        self.feed(Event::Committed { result: Err(Errno::EIO) })?;
-        ensure!(self.engine.failed().is_some(), "I11", "a commit has failed, and the device goes on");
-        Ok(())
     }
 }

@@ -1,23 +1,25 @@
-//! The simulated cache: a page cache over a platter, sector by sector.
+//! A simulated disk: a page cache over a platter, sector by sector. One for the cache's data, whose sectors are
+//! stamps, and one for the metadata file, whose sectors are bytes.
 //!
 //! A write is seen at once and is durable after a sync. In between it may reach the platter at any time: at
-//! a power cut each sector holds what it held at some moment since the last sync, each a moment of its own.
+//! a power cut each sector holds what it held at some moment since the last sync, each a moment of its own. So
+//! writes are lost in part, out of order, and torn. After a sync that failed, what did not reach the platter
+//! never will: the kernel has dropped it, reads show it all the same, and the next sync will know nothing of it.
 
 use std::ops::Range;
 
 use crate::rng::Rng;
-use crate::stamp::Stamp;
 
 /// More unsynced writes than this, and the kernel begins to write them back.
 const WRITE_BACK_AT: usize = 2000;
 
-struct Unsynced {
+struct Unsynced<T> {
     at: u64,
     sector: u64,
-    stamp: Stamp,
+    value: T,
 }
 
-/// What of the unsynced writes a power cut leaves.
+/// What of the unsynced writes a power cut or a failed sync leaves.
 #[derive(Clone, Copy, Debug)]
 pub enum Survives {
     /// Nothing.
@@ -28,31 +30,47 @@ pub enum Survives {
     Percent(u64),
 }
 
-/// The cache.
-pub struct Disk {
+impl Survives {
+    /// Does one write of a sector?
+    pub fn throw(self, rng: &mut Rng) -> bool {
+        match self {
+            Self::None => false,
+            Self::All => true,
+            Self::Percent(percent) => rng.percent(percent),
+        }
+    }
+}
+
+/// The disk.
+pub struct Disk<T> {
     /// What reads see.
-    current: Vec<Stamp>,
-    platter: Vec<Stamp>,
-    unsynced: Vec<Unsynced>,
+    current: Vec<T>,
+    platter: Vec<T>,
+    unsynced: Vec<Unsynced<T>>,
     writes: u64,
 }
 
-impl Disk {
+impl<T: Clone + PartialEq> Disk<T> {
     /// A disk that holds this, synced.
-    pub fn new(content: Vec<Stamp>) -> Self {
+    pub fn new(content: Vec<T>) -> Self {
         Self { platter: content.clone(), current: content, unsynced: Vec::new(), writes: 0 }
     }
 
+    /// Number of sectors.
+    pub fn sectors(&self) -> u64 {
+        self.current.len() as u64
+    }
+
     /// Reads one sector.
-    pub fn read(&self, sector: u64) -> Stamp {
-        self.current[sector as usize]
+    pub fn read(&self, sector: u64) -> T {
+        self.current[sector as usize].clone()
     }
 
     /// Writes one sector.
-    pub fn write(&mut self, sector: u64, stamp: Stamp) {
-        self.current[sector as usize] = stamp;
+    pub fn write(&mut self, sector: u64, value: T) {
+        self.current[sector as usize] = value.clone();
         self.writes += 1;
-        self.unsynced.push(Unsynced { at: self.writes, sector, stamp });
+        self.unsynced.push(Unsynced { at: self.writes, sector, value });
         if self.unsynced.len() > WRITE_BACK_AT {
             self.sync(self.writes - WRITE_BACK_AT as u64 / 2);
         }
@@ -67,21 +85,31 @@ impl Disk {
     pub fn sync(&mut self, mark: u64) {
         let covered = self.unsynced.partition_point(|w| w.at <= mark);
         for write in self.unsynced.drain(..covered) {
-            self.platter[write.sector as usize] = write.stamp;
+            self.platter[write.sector as usize] = write.value;
+        }
+    }
+
+    /// The sync that began at this mark has failed. What of it did not reach the platter is dropped.
+    pub fn sync_fails(&mut self, mark: u64, survives: Survives, rng: &mut Rng) {
+        let covered = self.unsynced.partition_point(|w| w.at <= mark);
+        for write in self.unsynced.drain(..covered) {
+            if survives.throw(rng) {
+                self.platter[write.sector as usize] = write.value;
+            }
         }
     }
 
     /// A write with RWF_DSYNC has ended: its own sectors are durable, and no other.
-    pub fn sync_write(&mut self, sectors: Range<u64>, stamp: Stamp) {
+    pub fn sync_write(&mut self, sectors: Range<u64>, value: T) {
         let platter = &mut self.platter;
         let mut last = vec![0; (sectors.end - sectors.start) as usize];
-        for write in self.unsynced.iter().filter(|w| sectors.contains(&w.sector) && w.stamp == stamp) {
+        for write in self.unsynced.iter().filter(|w| sectors.contains(&w.sector) && w.value == value) {
             last[(write.sector - sectors.start) as usize] = write.at;
         }
         self.unsynced.retain(|write| {
             let covered = sectors.contains(&write.sector) && write.at <= last[(write.sector - sectors.start) as usize];
             if covered {
-                platter[write.sector as usize] = write.stamp;
+                platter[write.sector as usize] = write.value.clone();
             }
             !covered
         });
@@ -92,13 +120,9 @@ impl Disk {
         let mut stopped = vec![false; self.platter.len()];
         for write in self.unsynced.drain(..) {
             let stopped = &mut stopped[write.sector as usize];
-            *stopped |= match survives {
-                Survives::None => true,
-                Survives::All => false,
-                Survives::Percent(percent) => !rng.percent(percent),
-            };
+            *stopped |= !survives.throw(rng);
             if !*stopped {
-                self.platter[write.sector as usize] = write.stamp;
+                self.platter[write.sector as usize] = write.value;
             }
         }
         self.current.clone_from(&self.platter);

@@ -63,7 +63,7 @@ impl World {
                 let running = self.tasks.iter().any(|t| matches!(t.what, What::Commit(_)));
                 ensure!(!running, "I10", "two commits at a time");
                 self.commit_began = self.now;
-                self.tasks.push(Task::new(What::Commit(Stage::Take)));
+                self.tasks.push(Task::new(What::Commit(Stage::Begin)));
                 Ok(())
             }
             Action::Complete { op, result } => self.complete(op, result),

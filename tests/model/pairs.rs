@@ -170,13 +170,13 @@ impl Search<'_> {
             match choices[path.pick(choices.len())] {
                 Choice::Input => input(world, *inputs.next().expect("one is left"))?,
                 Choice::Work(at) => world.progress(at, u64::MAX, true)?,
-                Choice::End(at) => end(world, at, trouble)?,
+                Choice::End(at) => end(world, at, self.grain, trouble)?,
                 Choice::Fail(at) => {
                     trouble = Trouble::None;
                     fail(world, at, rng)?;
                 }
                 Choice::Kill => {
-                    world.kill();
+                    world.kill()?;
                     return world.complete_the_device(rng);
                 }
                 Choice::PowerCut(survives) => {
@@ -198,7 +198,8 @@ fn possible(world: &World, has_input: bool, grain: Grain, trouble: Trouble) -> V
         let one_step =
             grain == Grain::Coarse || task.left() == 0 || matches!(task.what, What::Local(_, _, Act::Deliver));
         choices.push(if one_step { Choice::End(at) } else { Choice::Work(at) });
-        if trouble == Trouble::Failure && one_step {
+        let may_fail = !matches!(task.what, What::Commit(stage) if !stage.may_fail());
+        if trouble == Trouble::Failure && one_step && may_fail {
             choices.push(Choice::Fail(at));
         }
     }
@@ -216,15 +217,20 @@ fn input(world: &mut World, input: Input) -> Checked {
     }
 }
 
-fn end(world: &mut World, at: usize, trouble: Trouble) -> Checked {
+fn end(world: &mut World, at: usize, grain: Grain, trouble: Trouble) -> Checked {
     loop {
         world.carry_out(at)?;
         // Steps of a commit that commute with all that may come between them are one step: a write that falls
         // between the beginning and the end of a sync might as well come after it; and while no crash can come,
         // it does not matter when something becomes durable.
         let goes_on = match world.tasks.get(at).map(|task| &task.what) {
-            Some(What::Commit(Stage::DataSynced(..) | Stage::SyncPages)) => true,
-            Some(What::Commit(Stage::SyncData(_) | Stage::WritePages(_))) => trouble != Trouble::Crash,
+            Some(What::Commit(Stage::DataSynced(_) | Stage::SyncMetadata)) => true,
+            Some(What::Commit(Stage::SyncData)) => trouble == Trouble::None,
+            Some(What::Commit(Stage::WriteMap)) => match trouble {
+                Trouble::None => true,
+                Trouble::Failure => grain == Grain::Coarse,
+                Trouble::Crash => false,
+            },
             _ => false,
         };
         if !goes_on {
@@ -237,7 +243,7 @@ fn fail(world: &mut World, at: usize, rng: &mut Rng) -> Checked {
     if !matches!(world.tasks[at].what, What::Commit(_)) {
         return world.finish(at, Err(Errno::EIO));
     }
-    world.commit_fails(at)?;
+    world.commit_fails(at, Survives::None, rng)?;
     world.drain(rng)?;
     world.cut_power(Survives::None, rng)
 }

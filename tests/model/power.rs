@@ -1,24 +1,26 @@
 //! The end of a process or of a machine, and the start of the next.
 //!
 //! After a *kill* the page cache and the live maps are still there (the maps lie on tmpfs). After a *power
-//! cut* there is the platter, and those map pages that were durable; pages that were written but not synced
-//! may be there or not, each by itself.
+//! cut* there are the platters, each with what reached it of the sectors that were not synced. Either way the real
+//! recovery reads the metadata as the new process finds it.
 
 use blkferry::engine::BlockRun;
 
 use crate::check::{Checked, ensure};
 use crate::disk::Survives;
+use crate::metadata::{committer_on, recover};
 use crate::rng::Rng;
-use crate::world::{World, fresh_words, new_engine};
+use crate::world::{LiveWords, World, new_engine};
 
 impl World {
-    /// SIGKILL, and a new process that takes over.
-    pub fn kill(&mut self) {
+    /// SIGKILL, and a new process that takes over. (After a failed commit none does: the live map is gone.)
+    pub fn kill(&mut self) -> Checked {
+        ensure!(self.engine.failed().is_none(), "simulator", "a device that has failed is not taken over");
         self.note(|| "#### the process is killed; a new one takes over".into());
         let now = self.tick();
         self.stats.kills += 1;
         self.history.kill(now);
-        self.attach();
+        self.attach()
     }
 
     /// The power is cut, and comes back.
@@ -26,27 +28,24 @@ impl World {
         self.note(|| format!("#### the power is cut; of what was not synced survives: {survives:?}"));
         let now = self.tick();
         self.stats.power_cuts += 1;
+        self.stats.cuts_in_commits += u64::from(self.commit.is_some());
         self.disk.lose_power(survives, rng);
-        let kept = |rng: &mut Rng| match survives {
-            Survives::None => false,
-            Survives::All => true,
-            Survives::Percent(_) => rng.percent(50),
-        };
-        for page in std::mem::take(&mut self.written_pages) {
-            if kept(rng) {
-                self.durable_pages.push(page);
-            }
-        }
-        self.words = fresh_words(&self.setup, &self.durable_pages);
-        self.attach();
+        self.metadata.lose_power(survives, rng);
+        self.words = LiveWords::of(self.setup.geometry, &[]);
+        self.attach()?;
         self.check_promised_bits()?;
         self.history.lose_power(now);
         // I1: what is present is read from the platter.
         self.look_at_present_blocks()
     }
 
-    /// A new engine on the words as they are. Nothing is in flight, nobody waits.
-    fn attach(&mut self) {
+    /// A new process: an engine and a committer on the metadata as it is found. Nothing is in flight, nobody waits.
+    fn attach(&mut self) -> Checked {
+        let recovered = recover(&self.metadata, self.options)?;
+        self.stats.torn_pages += recovered.notes.len() as u64;
+        self.words.load(&recovered.pages);
+        self.committer = committer_on(&recovered, self.options);
+        self.commit = None;
         self.engine = new_engine(&self.setup, &self.words, self.options);
         self.tasks.clear();
         self.open.clear();
@@ -55,6 +54,7 @@ impl World {
         self.told_zero.fill(false);
         self.injected = false;
         self.hydrated = false;
+        Ok(())
     }
 
     /// I2: bits of data that was promised are durable; also the dirty bits, or the way back would miss blocks.

@@ -36,6 +36,8 @@ struct Mood {
     fua: u64,
     cache_is_full: bool,
     source_is_mute: bool,
+    /// Of a hundred steps of a commit so many are where the process or the machine dies.
+    crashes_in_commits: u64,
 }
 
 impl Mood {
@@ -63,6 +65,7 @@ impl Mood {
             fua: rng.one_of(&[0, 20, 60]),
             cache_is_full: rng.percent(3),
             source_is_mute: rng.percent(5),
+            crashes_in_commits: if crashes { rng.one_of(&[0, 0, 5, 20]) } else { 0 },
         }
     }
 }
@@ -120,17 +123,21 @@ fn end(world: &mut World, rng: &mut Rng) -> Checked {
         world.silence(rng)?;
     }
     let crash = rng.below(8);
-    if crash == 0 {
-        world.kill();
-    } else if crash == 1 || world.engine.failed().is_some() {
+    if crash == 1 || world.engine.failed().is_some() {
         // A device that has failed is not trusted before its machine was started anew.
         world.drain(rng)?;
         world.cut_power(survivors(rng), rng)?;
+    } else if crash == 0 {
+        world.kill()?;
     } else if crash == 2 {
         world.cut_power(survivors(rng), rng)?;
     }
     world.complete_the_device(rng)?;
     if crash < 4 { world.prove_durability(rng) } else { Ok(()) }
+}
+
+fn crash(world: &mut World, rng: &mut Rng) -> Checked {
+    if rng.percent(50) { world.kill() } else { world.cut_power(survivors(rng), rng) }
 }
 
 fn survivors(rng: &mut Rng) -> Survives {
@@ -157,11 +164,8 @@ impl Turn<'_> {
             2 => world.feed(Event::Hydrate).map(drop),
             3 => world.feed(Event::CommitDue).map(drop),
             4 => world.silence(self.rng),
-            5 => {
-                world.kill();
-                Ok(())
-            }
-            6 => world.cut_power(survivors(self.rng), self.rng),
+            5 if world.engine.failed().is_none() => world.kill(),
+            5 | 6 => world.cut_power(survivors(self.rng), self.rng),
             _ => self.work(),
         }
     }
@@ -217,7 +221,10 @@ impl Turn<'_> {
                 let extents = told_extents(&world.setup, *run, rng);
                 return world.answer(at, extents);
             }
-            What::Commit(_) if fails && rng.percent(30) => return world.commit_fails(at),
+            What::Commit(stage) if stage.may_fail() && fails && rng.percent(30) => {
+                return world.commit_fails(at, survivors(rng), rng);
+            }
+            What::Commit(_) if rng.percent(self.mood.crashes_in_commits) => return crash(world, rng),
             What::Commit(_) => return world.commit_step(at),
             _ => {}
         }

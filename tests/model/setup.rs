@@ -1,9 +1,11 @@
 //! What a case starts from.
 
 use std::ops::Range;
+use std::sync::Arc;
 
-use blkferry::engine::{BlockRun, ByteRange, EngineConfig, Geometry, PAGE_BLOCKS};
+use blkferry::engine::{BlockRun, ByteRange, EngineConfig, Geometry, PAGE_BLOCKS, PageImage};
 
+use crate::metadata::Birth;
 use crate::rng::Rng;
 use crate::stamp::SECTOR;
 
@@ -29,6 +31,8 @@ pub struct Setup {
     pub blocks: Vec<Initial>,
     /// Which sectors of the source are zeros.
     pub source_zero: Vec<bool>,
+    /// The metadata of these blocks.
+    pub birth: Arc<Birth>,
 }
 
 impl Setup {
@@ -39,6 +43,7 @@ impl Setup {
             geometry,
             config: EngineConfig { max_fetch_bytes: max_fetch_blocks * 4096, extents: false, compact: false },
             source_zero: vec![false; blocks.len() * 8],
+            birth: Arc::new(Birth::new(geometry, first_pages(&blocks))),
             blocks,
         }
     }
@@ -66,7 +71,8 @@ impl Setup {
         // What is far from a border of map pages adds nothing.
         states[..blocks.saturating_sub(200).max(1) as usize - 1].fill(Initial::Fetched);
         let source_zero = random_zeros(rng, geometry.size_bytes() / SECTOR);
-        Self { geometry, config, blocks: states, source_zero }
+        let birth = Arc::new(Birth::new(geometry, first_pages(&states)));
+        Self { geometry, config, blocks: states, source_zero, birth }
     }
 
     /// Number of sectors.
@@ -102,6 +108,19 @@ impl Setup {
 /// The sectors of a range of bytes.
 pub fn sectors_of(range: ByteRange) -> Range<u64> {
     range.start / SECTOR..range.end / SECTOR
+}
+
+/// The map pages that hold a device's first state.
+fn first_pages(blocks: &[Initial]) -> Vec<PageImage> {
+    let page = |(index, blocks): (usize, &[Initial])| {
+        let mut page = PageImage::empty(index as u64);
+        for (block, state) in blocks.iter().enumerate() {
+            page.present[block / 64] |= u64::from(*state != Initial::Absent) << (block % 64);
+            page.dirty[block / 64] |= u64::from(*state == Initial::Dirty) << (block % 64);
+        }
+        page
+    };
+    blocks.chunks(PAGE_BLOCKS as usize).enumerate().map(page).collect()
 }
 
 /// Holes of all lengths between data of all lengths, sometimes only the one or the other.

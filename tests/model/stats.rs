@@ -4,6 +4,8 @@
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stats {
     pub cases: u64,
+    /// Requests of the guest, flushes included.
+    pub requests: u64,
     /// Requests answered, and how many of them with an error.
     pub answers: u64,
     pub errors: u64,
@@ -24,12 +26,16 @@ pub struct Stats {
     pub waiting_in_silence: u64,
     pub kills: u64,
     pub power_cuts: u64,
+    /// Power cuts while a commit ran, and pages that a new process found torn.
+    pub cuts_in_commits: u64,
+    pub torn_pages: u64,
 }
 
 impl Stats {
     /// Adds another run's counts.
     pub fn add(&mut self, other: &Self) {
         self.cases += other.cases;
+        self.requests += other.requests;
         self.answers += other.answers;
         self.errors += other.errors;
         self.hits += other.hits;
@@ -44,6 +50,8 @@ impl Stats {
         self.waiting_in_silence += other.waiting_in_silence;
         self.kills += other.kills;
         self.power_cuts += other.power_cuts;
+        self.cuts_in_commits += other.cuts_in_commits;
+        self.torn_pages += other.torn_pages;
     }
 
     /// Did every kind of thing happen?
@@ -63,6 +71,8 @@ impl Stats {
             self.waiting_in_silence,
             self.kills,
             self.power_cuts,
+            self.cuts_in_commits,
+            self.torn_pages,
         ];
         counts.iter().all(|&count| count > 0)
     }

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use blkferry::engine::{BlockRun, FetchId, IoId, OpId, PageImage};
+use blkferry::engine::{BlockRun, FetchId, IoId, OpId};
 
 /// What to do to the cache for a guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,34 +27,39 @@ impl Act {
     }
 }
 
-/// Where a commit stands; the order is the commit protocol.
-#[derive(Clone, Debug)]
+/// Where a commit stands: what comes next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stage {
-    /// Next: take the changed pages.
-    Take,
-    /// Next: begin to sync the cache.
-    SyncData(Vec<PageImage>),
-    /// Next: the sync of the cache, begun at this mark, ends.
-    DataSynced(Vec<PageImage>, u64),
-    /// Next: write the pages.
-    WritePages(Vec<PageImage>),
-    /// Next: sync the pages.
-    SyncPages,
-    /// Next: tell.
+    /// Take the changed pages.
+    Begin,
+    /// Begin to sync the cache.
+    SyncData,
+    /// The sync of the cache, begun at this mark, ends.
+    DataSynced(u64),
+    /// Write a page.
+    WriteMap,
+    /// Sync the pages.
+    SyncMetadata,
+    /// Tell.
     Tell,
 }
 
 impl Stage {
-    /// What comes next, for the trace.
-    pub fn name(&self) -> &'static str {
+    /// For the trace.
+    pub fn name(self) -> &'static str {
         match self {
-            Self::Take => "take the changed pages",
-            Self::SyncData(_) => "begin to sync the cache",
-            Self::DataSynced(..) => "the cache is synced",
-            Self::WritePages(_) => "write the pages",
-            Self::SyncPages => "the pages are synced",
+            Self::Begin => "take the changed pages",
+            Self::SyncData => "begin to sync the cache",
+            Self::DataSynced(_) => "the cache is synced",
+            Self::WriteMap => "write a page",
+            Self::SyncMetadata => "sync the pages",
             Self::Tell => "done",
         }
+    }
+
+    /// Does the disk have to do something that it may refuse?
+    pub fn may_fail(self) -> bool {
+        !matches!(self, Self::Begin | Self::Tell)
     }
 }
 

@@ -10,16 +10,17 @@
 use std::sync::Arc;
 use std::sync::atomic::AtomicU64;
 
-#[cfg(feature = "planted-faults")]
-use blkferry::engine::PlantedFault;
+use blkferry::cache::Committer;
 use blkferry::engine::{
-    Action, BlockRun, ByteRange, Engine, Errno, Event, FetchId, Lane, Maps, OpId, OpKind, PAGE_BLOCKS, PageImage, Words,
+    Action, BlockRun, ByteRange, Engine, Errno, Event, FetchId, Geometry, Lane, Maps, OpId, OpKind, PageImage, Words,
 };
 
 use crate::check::{Checked, ensure};
+use crate::commit::Running;
 use crate::disk::Disk;
 use crate::guest::{Guest, Wish};
 use crate::history::History;
+use crate::metadata::Bytes;
 use crate::setup::{Initial, Setup, sectors_of};
 use crate::stamp::Stamp;
 use crate::stats::Stats;
@@ -28,6 +29,21 @@ use crate::task::{Act, Task, What};
 /// Map words that outlive the engine, as the shared mapping on tmpfs does.
 #[derive(Clone)]
 pub struct LiveWords(pub Arc<[AtomicU64]>);
+
+impl LiveWords {
+    /// Words as recovered from pages.
+    pub fn of(geometry: Geometry, pages: &[PageImage]) -> Self {
+        let words: Arc<[AtomicU64]> = (0..Maps::words_needed(geometry)).map(|_| AtomicU64::new(0)).collect();
+        let words = Self(words);
+        words.load(pages);
+        words
+    }
+
+    /// Adds the bits of pages.
+    pub fn load(&self, pages: &[PageImage]) {
+        pages.iter().for_each(|page| blkferry::engine::load_page(&self.0, page));
+    }
+}
 
 impl Words for LiveWords {
     fn words(&self) -> &[AtomicU64] {
@@ -44,7 +60,7 @@ pub struct Options {
     pub trace: bool,
     /// The fault to plant.
     #[cfg(feature = "planted-faults")]
-    pub fault: Option<PlantedFault>,
+    pub fault: Option<crate::planted::Fault>,
 }
 
 /// A fetch that was not released yet.
@@ -62,7 +78,12 @@ pub struct World {
     pub options: Options,
     pub engine: Engine,
     pub words: LiveWords,
-    pub disk: Disk,
+    /// The cache's data, and the metadata beside it.
+    pub disk: Disk<Stamp>,
+    pub metadata: Disk<Bytes>,
+    pub committer: Committer,
+    /// The commit that runs, if it has taken its pages.
+    pub commit: Option<Running>,
     pub history: History,
     pub tasks: Vec<Task>,
     pub open: Vec<Guest>,
@@ -73,9 +94,6 @@ pub struct World {
     pub told_zero: Vec<bool>,
     /// Blocks that the guest ever asked to change.
     pub touched: Vec<bool>,
-    /// Map pages that are durable, and those that were written but not synced.
-    pub durable_pages: Vec<PageImage>,
-    pub written_pages: Vec<PageImage>,
     /// When the commit that runs was ordered.
     pub commit_began: u64,
     /// Something was made to fail since the engine began.
@@ -106,11 +124,14 @@ impl World {
             _ => Stamp::source(sector),
         };
         let cached = |sector| if initial(sector) == Initial::Absent { Stamp::JUNK } else { truth(sector) };
-        let durable_pages = first_pages(&setup);
-        let words = fresh_words(&setup, &durable_pages);
+        let birth = setup.birth.clone();
+        let words = LiveWords::of(geometry, &birth.pages);
         let blocks = setup.blocks.len();
         Self {
             disk: Disk::new((0..setup.sectors()).map(cached).collect()),
+            metadata: Disk::new(birth.sectors.clone()),
+            committer: birth.committer(options),
+            commit: None,
             history: History::new((0..setup.sectors()).map(truth)),
             engine: new_engine(&setup, &words, options),
             touched: setup.blocks.iter().map(|&b| b == Initial::Dirty).collect(),
@@ -119,11 +140,9 @@ impl World {
             setup,
             options,
             words,
-            durable_pages,
             tasks: Vec::new(),
             open: Vec::new(),
             fetches: Vec::new(),
-            written_pages: Vec::new(),
             commit_began: 0,
             injected: false,
             hydrating: false,
@@ -164,6 +183,7 @@ impl World {
 
     fn open(&mut self, wish: Wish) -> OpId {
         self.next_op += 1;
+        self.stats.requests += 1;
         let op = OpId(self.next_op);
         let begin = self.tick();
         let guest = Guest::new(op, wish, begin, &self.setup, self.maps());
@@ -268,33 +288,13 @@ impl World {
     }
 }
 
-/// The pages that hold a device's first state.
-fn first_pages(setup: &Setup) -> Vec<PageImage> {
-    let page = |(index, blocks): (usize, &[Initial])| {
-        let mut page = PageImage::empty(index as u64);
-        for (block, state) in blocks.iter().enumerate() {
-            page.present[block / 64] |= u64::from(*state != Initial::Absent) << (block % 64);
-            page.dirty[block / 64] |= u64::from(*state == Initial::Dirty) << (block % 64);
-        }
-        page
-    };
-    setup.blocks.chunks(PAGE_BLOCKS as usize).enumerate().map(page).collect()
-}
-
-/// Map words as recovered from pages.
-pub fn fresh_words(setup: &Setup, pages: &[PageImage]) -> LiveWords {
-    let words: Arc<[AtomicU64]> = (0..Maps::words_needed(setup.geometry)).map(|_| AtomicU64::new(0)).collect();
-    pages.iter().for_each(|page| blkferry::engine::load_page(&words, page));
-    LiveWords(words)
-}
-
 /// An engine that attaches to these words.
 pub fn new_engine(setup: &Setup, words: &LiveWords, options: Options) -> Engine {
     let maps = Maps::new(setup.geometry, Box::new(words.clone()));
     #[allow(unused_mut)]
     let mut engine = Engine::new(maps, setup.config);
     #[cfg(feature = "planted-faults")]
-    if let Some(fault) = options.fault {
+    if let Some(crate::planted::Fault::Engine(fault)) = options.fault {
         engine.plant(fault);
     }
     #[cfg(not(feature = "planted-faults"))]
