@@ -10,6 +10,7 @@ readonly SOURCE='nbd+unix:///?socket=/tmp/source.sock'
 fail() {
     echo "FAIL: $*"
     for log in /run/blkferry/*.log; do
+        [[ -e $log ]] || continue
         echo "--- $log" && tail -n 20 "$log"
     done
     dmesg | tail -n 20
@@ -28,6 +29,7 @@ show_what_hangs() {
         done
     done
     for log in /run/blkferry/*.log; do
+        [[ -e $log ]] || continue
         echo "--- $log" && tail -n 20 "$log"
     done
     timeout 10 blkferry list --json
