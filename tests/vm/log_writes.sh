@@ -22,8 +22,8 @@ source lib.sh
 
 readonly KIND=$2 STEPS=${STEPS:-12} POINTS=${POINTS:-16} SEED=${SEED:-$RANDOM}
 readonly KIB=1024 MIB=$((1 << 20))
-# The guest's file system and, behind it, what only the source writes to.
-readonly GUEST_MIB=48 TAIL_MIB=4
+# The guest's file system and, behind it, what the guest never writes to. At the very end mkfs.xfs does.
+readonly GUEST_MIB=48 TAIL_MIB=4 END_MIB=1
 readonly WORKERS=2
 
 # make_file_system DEVICE: on its first GUEST_MIB, or all of it
@@ -97,7 +97,7 @@ record() {
     mkfs.ext4 -q /dev/vda
     mkdir /plain /host /guest
     mount /dev/vda /plain
-    head -c $(((GUEST_MIB + TAIL_MIB) * MIB)) /dev/urandom >/plain/source.raw
+    head -c $(((GUEST_MIB + TAIL_MIB + END_MIB) * MIB)) /dev/urandom >/plain/source.raw
     sync -f /plain
     export_source /plain/source.raw
 
@@ -139,13 +139,13 @@ record() {
 
 # check_changing DIRECTORY N: what is written to after step N is as it was elsewhere
 check_changing() {
-    local at=$1 n=$2 size
+    local at=$1 n=$2 lines
     # No step after the last one.
     ((n < STEPS)) || return 0
     case $(((n + 1) % 4)) in
         2)
-            size=$(((n + 1) / 4 * 3000))
-            cmp -s -n "$size" /plain/log "$at/log" || { echo "of the log not $size bytes are there"; return 1; }
+            lines=$(((n + 1) / 4))
+            cmp -s -n $((lines * 3000)) /plain/log "$at/log" || { echo "of the log $lines pieces are not there"; return 1; }
             ;;
         3)
             cmp -l "/plain/blocks.$n" "$at/blocks" >"$at.differs" || true
@@ -180,7 +180,7 @@ check_cut() {
     mount_file_system "$image" "$host" -o loop || { echo "the cache's file system cannot be mounted"; return 1; }
     attach "$host" "$worker" || { echo "the cache cannot be attached"; return 1; }
     cmp -n $((TAIL_MIB * MIB)) -i $((GUEST_MIB * MIB)) /plain/source.raw "$device" ||
-        { echo "what only the source wrote is something else"; return 1; }
+        { echo "what the guest never wrote to is something else"; return 1; }
     if [[ $mark != [a-z]* ]]; then
         mount_file_system "$device" "$guest" || { echo "the guest's file system cannot be mounted"; return 1; }
         check_files "$guest" "$mark" || return 1
@@ -216,29 +216,29 @@ work() {
         if [[ $POINTS == all ]] || ((number / WORKERS % 2 == 1)); then
             at_point "$worker" "$count" "$mark" "$what" $((SEED + count))
         fi
-    done <points
+    done <chosen
 }
 
 check() {
-    local points worker workers=() failed=''
+    local all points worker workers=() failed=''
     mkdir /plain
     mount /dev/vda /plain
     export_source /plain/source.raw
     # With the last mark that each of them has behind it, from the mount on.
     replay_writes /dev/vdc points | awk '$2 == "mark" { mark = $3 } mark { print $1, mark, $2 }' >all-points
-    points=$POINTS
-    [[ $POINTS != all ]] || points=$(wc -l <all-points)
+    all=$(wc -l <all-points)
+    points=${POINTS/#all/$all}
     # Spread over all of the log, and others with another seed.
-    awk -v points="$points" -v seed="$SEED" -v all="$(wc -l <all-points)" '
+    awk -v points="$points" -v seed="$SEED" -v all="$all" '
         BEGIN { srand(seed); at = rand() * all / points }
-        NR - 1 >= int(at) { print taken++, $0; at += all / points }' all-points >points
+        NR - 1 >= int(at) { print taken++, $0; at += all / points }' all-points >chosen
     for ((worker = 0; worker < WORKERS; worker++)); do
         work $worker &
         workers+=($!)
     done
     for worker in "${workers[@]}"; do wait "$worker" || failed=yes; done
     [[ -z $failed ]] || fail "with SEED=$SEED"
-    echo "$KIND: $(wc -l <points) of $(wc -l <all-points) points; $(cat looked* | wc -l) disks," \
+    echo "$KIND: $(wc -l <chosen) of $all points; $(cat looked* | wc -l) disks," \
         "$(cat looked* | grep -c torn) of them torn; $(awk '{ sum += $1 } END { print sum }' /guest?.checked) files;" \
         "seed $SEED, $SECONDS s"
     stop_source
