@@ -210,7 +210,7 @@ fn main() -> io::Result<()> {
 mod tests {
     use super::*;
 
-    /// A log as the kernel writes it, with sectors of 512 bytes: place, sectors, flags, a mark's name or the data's byte.
+    /// A log as the kernel writes it, in sectors of 512 bytes: place, sectors, flags, a mark's name or the data's byte.
     fn log_of(entries: &[(u64, u64, u64, &str)]) -> File {
         let numbers = |numbers: &[u64]| numbers.iter().flat_map(|n| n.to_le_bytes()).collect::<Vec<u8>>();
         let mut bytes = numbers(&[MAGIC, VERSION, entries.len() as u64, 512]);

@@ -19,8 +19,8 @@ fail() {
 
 # What hangs is shown before the machine's time is up: who waits where, in the daemons and in the kernel.
 show_what_hangs() {
-    sleep 200
-    echo "HANGS: after 200 s; what runs, and where it waits:"
+    sleep "${HANGS_AFTER:=200}"
+    echo "HANGS: after $HANGS_AFTER s; what runs, and where it waits:"
     ps -eLo pid,tid,stat,wchan:32,args 2>/dev/null || ps
     for pid in $(pgrep 'blkferry|ublk|fio'); do
         echo "--- $pid $(tr '\0' ' ' <"/proc/$pid/cmdline")"

@@ -83,17 +83,20 @@ fn replay_writes() -> std::path::PathBuf {
 /// Two machines again: the first one records what gets to a disk, the other one looks at it as it was at any moment.
 fn log_writes(kernel: &str, kind: &str) {
     let replay_writes = replay_writes();
-    let directory = tempfile::tempdir().unwrap();
+    // Kept if it fails: with the seed that the script tells, the same points can be looked at again.
+    let directory = tempfile::tempdir().unwrap().keep();
+    eprintln!("the disks are in {}", directory.display());
     let mut options = vec!["--add", replay_writes.to_str().unwrap()];
     let mut disks = Vec::new();
     for (name, mib) in [("plain", 96), ("disk", 80), ("log", 512)] {
-        let path = directory.path().join(name);
+        let path = directory.join(name);
         std::fs::File::create(&path).unwrap().set_len(mib << 20).unwrap();
         disks.push(path.display().to_string());
     }
     options.extend(disks.iter().flat_map(|path| ["--disk", path.as_str()]));
     run(kernel, "log_writes.sh", &["record", kind], &options);
     run(kernel, "log_writes.sh", &["check", kind], &options);
+    std::fs::remove_dir_all(&directory).unwrap();
 }
 
 fn alone(test: impl FnOnce()) {
