@@ -22,8 +22,8 @@ const FLUSH: u64 = 1;
 const FUA: u64 = 2;
 const DISCARD: u64 = 4;
 const MARK: u64 = 8;
-/// What disks write wholly or not at all, whatever the log counts in.
-const ATOM_BYTES: usize = 512;
+/// What all disks write wholly or not at all, whatever the log counts in.
+const SECTOR_BYTES: usize = 512;
 /// More than any request of the kernel's.
 const MAX_WRITE_BYTES: u64 = 1 << 30;
 
@@ -61,6 +61,9 @@ enum Verb {
         /// Another one tears them elsewhere
         #[arg(long)]
         seed: u64,
+        /// Bytes that the disk writes wholly or not at all
+        #[arg(long, default_value_t = SECTOR_BYTES)]
+        atom: usize,
     },
 }
 
@@ -121,8 +124,14 @@ fn read_entries(log: &File) -> io::Result<Vec<Entry>> {
     Ok(entries)
 }
 
-/// Does what the entry says, as far as `takes` lets it, sector by sector.
-fn replay(log: &File, entry: &Entry, image: &File, mut takes: impl FnMut() -> bool) -> io::Result<()> {
+/// Does what the entry says, as far as `takes` lets it, which is asked for each `atom` on the disk.
+fn replay_some(
+    log: &File,
+    entry: &Entry,
+    image: &File,
+    atom: usize,
+    mut takes: impl FnMut() -> bool,
+) -> io::Result<()> {
     if entry.len == 0 {
         return Ok(());
     }
@@ -135,17 +144,21 @@ fn replay(log: &File, entry: &Entry, image: &File, mut takes: impl FnMut() -> bo
     }
     let mut data = vec![0; entry.len as usize];
     log.read_exact_at(&mut data, entry.data_at)?;
-    // Runs of sectors that are taken, and runs that are not.
-    let taken: Vec<bool> = data.chunks(ATOM_BYTES).map(|_| takes()).collect();
     let mut at = 0;
-    for run in taken.chunk_by(|one, next| one == next) {
-        let end = data.len().min(at + run.len() * ATOM_BYTES);
-        if run[0] {
-            image.write_all_at(&data[at..end], entry.start + at as u64)?;
+    while at < data.len() {
+        let place = entry.start + at as u64;
+        // Atoms begin at multiples of their size on the disk, wherever the write does.
+        let end = data.len().min(at + atom - (place % atom as u64) as usize);
+        if takes() {
+            image.write_all_at(&data[at..end], place)?;
         }
         at = end;
     }
     Ok(())
+}
+
+fn replay(log: &File, entry: &Entry, image: &File) -> io::Result<()> {
+    replay_some(log, entry, image, entry.len.max(1) as usize, || true)
 }
 
 /// Random bits, by SplitMix64.
@@ -160,14 +173,14 @@ impl Coin {
     }
 }
 
-fn tear(log: &File, entries: &[Entry], image: &File, seed: u64) -> io::Result<()> {
+fn tear(log: &File, entries: &[Entry], image: &File, seed: u64, atom: usize) -> io::Result<()> {
     let mut coin = Coin(seed);
     for entry in entries.iter().take_while(|entry| entry.point().is_none()) {
         // Some are there, some are not, and some are there in part.
         match coin.random() % 3 {
             0 => {}
-            1 => replay(log, entry, image, || true)?,
-            _ => replay(log, entry, image, || coin.random().is_multiple_of(2))?,
+            1 => replay(log, entry, image)?,
+            _ => replay_some(log, entry, image, atom, || coin.random().is_multiple_of(2))?,
         }
     }
     Ok(())
@@ -200,9 +213,11 @@ fn main() -> io::Result<()> {
         Verb::Points => write_points(&entries, &mut io::stdout().lock()),
         Verb::Replay { image, from, to } => {
             let image = open(&image)?;
-            range(&entries, from, to)?.iter().try_for_each(|entry| replay(&log, entry, &image, || true))
+            range(&entries, from, to)?.iter().try_for_each(|entry| replay(&log, entry, &image))
         }
-        Verb::Tear { image, from, seed } => tear(&log, range(&entries, from, entries.len())?, &open(&image)?, seed),
+        Verb::Tear { image, from, seed, atom } => {
+            tear(&log, range(&entries, from, entries.len())?, &open(&image)?, seed, atom.max(1))
+        }
     }
 }
 
@@ -271,7 +286,7 @@ mod tests {
         let mut at = 0;
         for (to, looks) in [(1, "-aa----------"), (4, "-ab----------"), (6, "-ab-c00ccccc-"), (8, "dabec00ccccc-")] {
             for entry in range(&entries, at, to).unwrap() {
-                replay(&log, entry, &image, || true).unwrap();
+                replay(&log, entry, &image).unwrap();
             }
             assert_eq!(sectors(&image), looks);
             at = to;
@@ -286,13 +301,26 @@ mod tests {
         let mut seen = std::collections::HashSet::new();
         for seed in 0..200 {
             let image = image(20);
-            tear(&log, &entries, &image, seed).unwrap();
+            tear(&log, &entries, &image, seed, 512).unwrap();
             let looks = sectors(&image);
             assert!(looks.ends_with("--------") && !looks.contains('d'), "{looks}");
             seen.insert(looks);
         }
         let wanted = ["--------------------", "aaaaaaaa------------", "aaaabbbbbbbb--------", "----bbbbbbbb--------"];
         assert!(wanted.iter().all(|looks| seen.contains(*looks)) && seen.len() > 60, "{seen:?}");
+    }
+
+    #[test]
+    fn what_a_disk_writes_wholly_is_not_torn() {
+        let log = log_of(&[(1, 10, 0, "a")]);
+        let entries = read_entries(&log).unwrap();
+        for seed in 0..50 {
+            let image = image(12);
+            tear(&log, &entries, &image, seed, 2048).unwrap();
+            let looks = sectors(&image);
+            let atoms = [&looks[1..4], &looks[4..8], &looks[8..11]];
+            assert!(atoms.iter().all(|atom| atom.bytes().all(|sector| sector == atom.as_bytes()[0])), "{looks}");
+        }
     }
 
     #[test]

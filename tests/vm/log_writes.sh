@@ -24,6 +24,9 @@ readonly KIND=$2 STEPS=${STEPS:-12} POINTS=${POINTS:-16} SEED=${SEED:-$RANDOM}
 readonly KIB=1024 MIB=$((1 << 20))
 # The guest's file system and, behind it, what the guest never writes to. At the very end mkfs.xfs does.
 readonly GUEST_MIB=48 TAIL_MIB=4 END_MIB=1
+# ext4 writes its superblock of 1 KiB over the old one when it is unmounted, and does not mount after a tear in it, on
+# any disk. All else is to bear sectors.
+declare -rA ATOM_BYTES=([ext4]=1024 [xfs]=512)
 readonly WORKERS=2
 
 # make_file_system DEVICE: on its first GUEST_MIB, or all of it
@@ -204,7 +207,7 @@ at_point() {
     # A file of its own: a loop device that lingers would show what the last one held.
     local image=/tmp/cut$1-$2${5:+-torn}.raw
     cp --sparse=always "/tmp/replay$1.raw" "$image"
-    [[ -z ${5:-} ]] || replay_writes /dev/vdc tear "$image" --from "$2" --seed "$5"
+    [[ -z ${5:-} ]] || replay_writes /dev/vdc tear "$image" --from "$2" --seed "$5" --atom "${ATOM_BYTES[$KIND]}"
     if ! check_cut "$image" "$1" "$3"; then
         tail -n 20 "$BLKFERRY_RUN_DIR"/*.log || true
         fail "after entry $2 ($4), mark $3${5:+, torn by seed $5}"
