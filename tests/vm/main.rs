@@ -2,8 +2,11 @@
 //!
 //! `cargo test --test vm` runs them on all kernels, `cargo test --test vm recovery_on_7_2` one of them.
 //! A machine takes one script, and some seconds to boot; its output is shown if the script fails. Scripts
-//! that do something again and again take the number of rounds from `BLKFERRY_VM_ROUNDS`, if it is set; how many points of a log of writes are
-//! looked at is in `BLKFERRY_VM_POINTS` (a number, or `all`), and which ones in `BLKFERRY_VM_SEED`.
+//! that do something again and again take the number of rounds from `BLKFERRY_VM_ROUNDS`, if it is set. How
+//! many points of a log of writes are looked at is in `BLKFERRY_VM_POINTS` (a number, or `all`), and which ones
+//! in `BLKFERRY_VM_SEED`.
+
+#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 use std::process::Command;
