@@ -10,6 +10,7 @@ readonly SOURCE='nbd+unix:///?socket=/tmp/source.sock'
 fail() {
     echo "FAIL: $*"
     for log in /run/blkferry/*.log; do
+        [[ -e $log ]] || continue
         echo "--- $log" && tail -n 20 "$log"
     done
     dmesg | tail -n 20
@@ -20,7 +21,7 @@ fail() {
 show_what_hangs() {
     trap - ERR
     set +e
-    sleep $((200 + 20 * ${ROUNDS:-0}))
+    sleep "${HANGS_AFTER:-$((200 + 20 * ${ROUNDS:-0}))}"
     echo "HANGS? What runs, and where it waits:"
     ps -eLo pid,tid,stat,wchan:32,args 2>/dev/null || ps
     for pid in $(pgrep 'blkferry|ublk|fio'); do
@@ -30,6 +31,7 @@ show_what_hangs() {
         done
     done
     for log in /run/blkferry/*.log; do
+        [[ -e $log ]] || continue
         echo "--- $log" && tail -n 20 "$log"
     done
     timeout 10 blkferry list --json

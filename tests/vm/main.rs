@@ -2,7 +2,11 @@
 //!
 //! `cargo test --test vm` runs them on all kernels, `cargo test --test vm recovery_on_7_2` one of them.
 //! A machine takes one script, and some seconds to boot; its output is shown if the script fails. Scripts
-//! that do something again and again take the number of rounds from `BLKFERRY_VM_ROUNDS`, if it is set.
+//! that do something again and again take the number of rounds from `BLKFERRY_VM_ROUNDS`, if it is set. How
+//! many points of a log of writes are looked at is in `BLKFERRY_VM_POINTS` (a number, or `all`), and which ones
+//! in `BLKFERRY_VM_SEED`.
+
+#![allow(clippy::unwrap_used)]
 
 use std::path::Path;
 use std::process::Command;
@@ -16,14 +20,28 @@ const TIMEOUT_SECONDS: u64 = 300;
 /// The same for each round that is asked for.
 const ROUND_SECONDS: u64 = 20;
 
+/// The same for each point of a log of writes, or for all that there may be.
+const POINT_SECONDS: u64 = 10;
+const ALL_POINTS_SECONDS: u64 = 2 * 3600;
+
+/// Time that was asked for beyond the usual, in seconds.
+fn asked_for() -> u64 {
+    let number = |name| std::env::var(name).map_or(0, |n| n.parse::<u64>().unwrap_or_else(|_| panic!("{name}={n}")));
+    let points = match std::env::var("BLKFERRY_VM_POINTS").as_deref() {
+        Ok("all") => ALL_POINTS_SECONDS,
+        _ => number("BLKFERRY_VM_POINTS") * POINT_SECONDS,
+    };
+    points + number("BLKFERRY_VM_ROUNDS") * ROUND_SECONDS
+}
+
 /// Runs `script` with `options` for `scripts/vm`.
 fn run(kernel: &str, script: &str, arguments: &[&str], options: &[&str]) {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let add = |name: &str| root.join("tests/vm").join(name).display().to_string();
-    let rounds = std::env::var("BLKFERRY_VM_ROUNDS").ok();
-    let seconds = rounds.as_ref().map_or(0, |n| ROUND_SECONDS * n.parse::<u64>().expect("BLKFERRY_VM_ROUNDS"));
+    let variable = |name: &str| Some(format!("{name}={}", std::env::var(format!("BLKFERRY_VM_{name}")).ok()?));
+    let variables = ["ROUNDS", "POINTS", "SEED"].into_iter().filter_map(variable);
     let mut vm = Command::new(root.join("scripts/vm"));
-    vm.args(["--kernel", kernel, "--timeout", &(TIMEOUT_SECONDS + seconds).to_string(), "--memory", "1536"]);
+    vm.args(["--kernel", kernel, "--timeout", &(TIMEOUT_SECONDS + asked_for()).to_string(), "--memory", "1536"]);
     vm.args(options);
     // The build under test, whatever else lies in the target directory.
     for file in [&add("lib.sh"), &add(script), env!("CARGO_BIN_EXE_blkferry"), env!("CARGO_BIN_EXE_ublk-ferry")] {
@@ -33,7 +51,7 @@ fn run(kernel: &str, script: &str, arguments: &[&str], options: &[&str]) {
     if let Ok(ublk) = std::env::var("UBLKSRV_UBLK") {
         vm.args(["--add", &format!("{ublk}:/usr/local/bin/ublk")]);
     }
-    vm.args(["--", "env"]).args(rounds.map(|n| format!("ROUNDS={n}"))).arg(script).args(arguments);
+    vm.args(["--", "env"]).args(variables).arg(script).args(arguments);
     let output = vm.output().unwrap();
     let (out, err) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
     assert!(output.status.success(), "{script} on {kernel}: {}\n{out}\n{err}", output.status);
@@ -51,6 +69,37 @@ fn lose_power(kernel: &str) {
     let disks: Vec<_> = disks.iter().map(String::as_str).collect();
     run(kernel, "power.sh", &["cut"], &[&["--power-cut"], &disks[..]].concat());
     run(kernel, "power.sh", &["check"], &disks);
+}
+
+/// The example that replays logs of writes: built here, as a test of its own has no examples.
+fn replay_writes() -> std::path::PathBuf {
+    let programs = Path::new(env!("CARGO_BIN_EXE_blkferry")).parent().unwrap();
+    let mut build = Command::new(env!("CARGO"));
+    build.args(["build", "--quiet", "--locked", "--example", "replay_writes"]);
+    if programs.ends_with("release") {
+        build.arg("--release");
+    }
+    assert!(build.current_dir(env!("CARGO_MANIFEST_DIR")).status().unwrap().success());
+    programs.join("examples/replay_writes")
+}
+
+/// Two machines again: the first one records what gets to a disk, the other one looks at it as it was at any moment.
+fn log_writes(kernel: &str, kind: &str) {
+    let replay_writes = replay_writes();
+    // Kept if it fails: with the seed that the script tells, the same points can be looked at again.
+    let directory = tempfile::tempdir().unwrap().keep();
+    eprintln!("the disks are in {}", directory.display());
+    let mut options = vec!["--add", replay_writes.to_str().unwrap()];
+    let mut disks = Vec::new();
+    for (name, mib) in [("plain", 96), ("disk", 80), ("log", 512)] {
+        let path = directory.join(name);
+        std::fs::File::create(&path).unwrap().set_len(mib << 20).unwrap();
+        disks.push(path.display().to_string());
+    }
+    options.extend(disks.iter().flat_map(|path| ["--disk", path.as_str()]));
+    run(kernel, "log_writes.sh", &["record", kind], &options);
+    run(kernel, "log_writes.sh", &["check", kind], &options);
+    std::fs::remove_dir_all(&directory).unwrap();
 }
 
 fn alone(test: impl FnOnce()) {
@@ -93,4 +142,14 @@ fn power_on_6_12() {
 #[test]
 fn power_on_7_2() {
     alone(|| lose_power("7.2"));
+}
+
+#[test]
+fn log_writes_of_ext4_on_6_12() {
+    alone(|| log_writes("6.12", "ext4"));
+}
+
+#[test]
+fn log_writes_of_xfs_on_7_2() {
+    alone(|| log_writes("7.2", "xfs"));
 }
