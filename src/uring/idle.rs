@@ -3,7 +3,8 @@
 //! To sleep and to be woken costs more than a small request: under a hypervisor, tens of microseconds each time. A
 //! guest with one request in flight sends the next one sooner than that. So a thread that was woken soon after it
 //! fell asleep stays awake that long the next time; one that slept longer does not (the rule is that of KVM's halt
-//! polling). Only threads that a guest waits for do this: others would take processors from them. A thread with many requests in flight sleeps: while it does, more of them come, and are done together.
+//! polling). Only threads that a guest waits for do this: others would take processors from them. A thread with many
+//! requests in flight sleeps: while it does, more of them come, and are done together.
 
 use std::cell::Cell;
 use std::time::Duration;
