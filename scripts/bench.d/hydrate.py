@@ -1,11 +1,10 @@
-"""Attach to complete, beside nbdcopy to a file: shaped links, and none."""
+"""Attach to complete over a slow link, beside nbdcopy to a file."""
 
-from tools import GIB, MIB, cpu_s, export, ferried, median, nbdkit, relay, timed
+from tools import MIB, cpu_s, export, ferried, median, relay, timed
 
 # Megabits a second, MiB to move, the same with --quick.
 LINKS = ((1000, 1024, 256), (100, 256, 32))
 RTTS_MS, QUICK_RTTS_MS = (0, 20, 100, 150), (0, 20, 100)
-LOOPBACK_MIB, QUICK_LOOPBACK_MIB = 2048, 1024
 # What is asked for: bytes / (this share of the rate), and so many round trips.
 WANTED_SHARE, WANTED_RTTS = 0.97, 4
 
@@ -47,33 +46,6 @@ def shaped(bench, mbit, mib, rtts_ms):
     return rows
 
 
-def loopback(bench):
-    mib = QUICK_LOOPBACK_MIB if bench.quick else LOOPBACK_MIB
-    image = bench.noise(mib)
-    runs = {}
-    with export(bench, image) as (ours, server), nbdkit(bench, "-r", "file", image, tcp=True) as (theirs, kit):
-        ways = {
-            "blkferry ← blkferry export": (ferry_it, ours, server), "nbdcopy ← blkferry export": (copy_it, ours, server),
-            "blkferry ← nbdkit file": (ferry_it, theirs, kit), "nbdcopy ← nbdkit file": (copy_it, theirs, kit),
-        }
-        for _ in range(bench.rounds):
-            for name, (move, address, serving) in ways.items():
-                before = cpu_s(serving.pid)
-                took, used = move(bench, address)
-                runs.setdefault(name, []).append((took, used, cpu_s(serving.pid) - before))
-    per_gib = mib * MIB / GIB
-    rows = []
-    for name, figures in runs.items():
-        seconds = median([f[0] for f in figures])
-        rows.append({
-            "": name, "MiB": mib, "s": seconds, "MiB/s": mib / seconds,
-            "CPU s/GiB": median([f[1] for f in figures]) / per_gib,
-            "server's CPU s/GiB": median([f[2] for f in figures]) / per_gib,
-            "runs_s": [f[0] for f in figures],
-        })
-    return rows
-
-
 def tables(bench):
     rtts_ms = QUICK_RTTS_MS if bench.quick else RTTS_MS
     rows = []
@@ -83,4 +55,3 @@ def tables(bench):
         "from attach to complete (every block durable) through the relay, random data, beside nbdcopy --flush to a "
         f"file; wanted: bytes / ({WANTED_SHARE} × rate) + {WANTED_RTTS} RTT", rows,
     )
-    yield "the same over loopback, with no relay, and CPU time", loopback(bench)

@@ -13,11 +13,12 @@ import demand
 import hostile
 import hydrate
 import local
+import loopback
 import ublk
 import writes
 from tools import Bench, run
 
-COMPONENTS = {module.__name__: module for module in (hydrate, demand, local, writes, hostile, ublk)}
+COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, hostile, ublk)}
 
 
 def machine():
