@@ -13,16 +13,6 @@ impl Queue {
         self.core.is_hit(range)
     }
 
-    /// Reads a range that is here into `target`, which is as long, if that takes no waiting. False: nothing
-    /// happened.
-    pub fn read_now(&self, range: ByteRange, target: &mut [u8]) -> bool {
-        if self.core.health.has_failed() || self.cache.read_now(target, range.start) < target.len() {
-            return false;
-        }
-        self.count_hit(range);
-        true
-    }
-
     /// Reads a range that is here into the first bytes of `target`; it comes back either way.
     pub async fn read_hit<B: AsMut<[u8]> + 'static>(&self, range: ByteRange, target: B) -> (Result<(), Errno>, B) {
         self.count_hit(range);
@@ -31,20 +21,6 @@ impl Queue {
         }
         let (result, target) = self.cache.read_exact_at(target, 0..range.len() as usize, range.start).await;
         (result.map_err(|e| self.io_error("read", &e)), target)
-    }
-
-    /// Writes `data` to a range that is here, if that takes no waiting. False: what is in the range now is
-    /// unknown, and the caller writes it again.
-    pub fn write_now(&self, range: ByteRange, data: &[u8]) -> bool {
-        if self.core.health.has_failed() {
-            return false;
-        }
-        self.prepare_change(range, false);
-        if self.cache.write_now(data, range.start) < data.len() {
-            return false;
-        }
-        self.count_write(range);
-        true
     }
 
     /// Writes the first bytes of `data` to a range that is here; it comes back either way.

@@ -263,19 +263,11 @@ impl Server {
 
     /// Between the cache and the tag's own buffer, without another copy. The cache always answers: nobody hurries
     /// this.
-    async fn hit(&self, mut tag: Tag, range: ByteRange, request: &Request) -> (Result<(), Errno>, Tag) {
-        let len = range.len() as usize;
-        let fua = request.flags.contains(RequestFlags::FUA);
+    async fn hit(&self, tag: Tag, range: ByteRange, request: &Request) -> (Result<(), Errno>, Tag) {
         if request.operation == Operation::Read {
-            if self.queue.read_now(range, &mut tag.room()[..len]) {
-                return (Ok(()), tag);
-            }
             return self.queue.read_hit(range, tag).await;
         }
-        if !fua && self.queue.write_now(range, tag.bytes(len)) {
-            return (Ok(()), tag);
-        }
-        self.queue.write_hit(range, tag, fua).await
+        self.queue.write_hit(range, tag, request.flags.contains(RequestFlags::FUA)).await
     }
 
     /// Does what the kernel wants, unless the device is stopped meanwhile and it does not end.

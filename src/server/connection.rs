@@ -66,8 +66,9 @@ struct Context<D> {
     gone: Cell<bool>,
 }
 
-/// Serves a client until it leaves; `on_agreed` is called when its handshake is over. `Ok`: it left in order. What is still under way then is finished after this
-/// returns, with a share of `leftovers`: requests that wait for the source may take long.
+/// Serves a client until it leaves; `on_agreed` is called when its handshake is over. `Ok`: it left in order. What is
+/// still under way then is finished after this returns, with a share of `leftovers`: requests that wait for the source
+/// may take long.
 pub(super) async fn run<D: Disk>(
     connection: Connection,
     disk: Rc<D>,

@@ -131,13 +131,13 @@ impl FileIo {
 
     /// Fills `target` from `offset_bytes` if that takes no waiting; how many bytes of it are filled.
     /// For the rest, and for the reason, there is [`FileIo::read_exact_at`].
-    pub fn read_now(&self, target: &mut [u8], offset_bytes: u64) -> usize {
+    fn read_now(&self, target: &mut [u8], offset_bytes: u64) -> usize {
         self.now.read(&self.fd, target, offset_bytes)
     }
 
     /// Writes `source` at `offset_bytes` if that takes no waiting, as far as one can tell; how many bytes of it
     /// are written. For the rest, and for the reason, there is [`FileIo::write_all_at`].
-    pub fn write_now(&self, source: &[u8], offset_bytes: u64) -> usize {
+    fn write_now(&self, source: &[u8], offset_bytes: u64) -> usize {
         self.now.write(&self.fd, source, offset_bytes)
     }
 
