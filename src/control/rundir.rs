@@ -10,7 +10,7 @@ use nix::sys::statfs::{TMPFS_MAGIC, statfs};
 use nix::unistd::geteuid;
 use serde::{Deserialize, Serialize};
 
-use crate::uring::{is_dead, is_dying};
+use crate::uring::is_dying;
 
 /// Longest name of a device: it becomes part of a socket's path.
 const MAX_NAME: usize = 48;
@@ -192,8 +192,7 @@ impl RunDir {
             let Ok(text) = fs::read_to_string(&path) else { continue };
             let Ok(entry) = serde_json::from_str::<Entry>(&text) else { continue };
             let free = File::open(&path).is_ok_and(|file| file.try_lock_shared().is_ok());
-            let alive = !free && !is_dead(entry.pid as i32);
-            entries.push((entry, alive));
+            entries.push((entry, !free));
         }
         entries.sort_by(|(a, _), (b, _)| a.name.cmp(&b.name));
         Ok(entries)

@@ -31,7 +31,7 @@ pub use budget::{Budget, Lent};
 pub use command::{CommandRing, command};
 pub use file::{FileExtent, FileIo, PAGE_BYTES, ZeroMode};
 pub use net::{BindError, Connection, Listener, Part, bind_private};
-pub use peer::{connect_to_living, is_dead, is_dying};
+pub use peer::{connect_to_living, is_dying};
 pub use probe::{UringError, require_io_uring};
 pub use reactor::{Mailbox, Reactor, Task, every, sleep, spawn};
 pub use shared::SharedWords;

@@ -33,7 +33,7 @@ pub fn is_dying(pid: i32) -> bool {
 }
 
 /// Has this process ended, though its parent may not have noticed?
-pub fn is_dead(pid: i32) -> bool {
+fn is_dead(pid: i32) -> bool {
     // Z and X, after the name in parentheses: proc(5).
     let has_ended = |stat: &str| stat.rsplit(") ").next().is_some_and(|rest| rest.starts_with(['Z', 'X']));
     match fs::read_to_string(format!("/proc/{pid}/stat")) {
