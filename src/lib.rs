@@ -74,6 +74,7 @@ pub mod device;
 pub mod engine;
 pub mod export;
 pub mod frontend;
+pub mod handoff;
 pub mod identity;
 pub mod nbd;
 pub mod remote;

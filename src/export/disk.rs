@@ -42,6 +42,7 @@ impl ExportDisk {
             preferred_block: 4096,
             max_block: DEFAULT_MAX_PAYLOAD,
             identity: Some(identity),
+            standing: None,
         };
         Ok(Self { image, info: RefCell::new(info) })
     }

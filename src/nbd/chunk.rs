@@ -6,6 +6,7 @@
 use super::consts::{MAX_EXTENTS, MAX_FERRY_HASHES, MAX_NAME, ReplyFlags, StateFlags};
 use super::errno::NbdError;
 use super::error::ProtocolError;
+use super::handoff::{MAX_HANDOFF_LEN, Told};
 use super::option::wire_enum;
 use super::reply::put_chunk_header;
 use super::wire::{Defect, Reader, cut, printable};
@@ -24,6 +25,8 @@ wire_enum! {
         BlockStatus = 5, "NBD_REPLY_TYPE_BLOCK_STATUS";
         /// Private to blkferry: BLAKE3 hashes of a range.
         FerryHashes = 0x6672, "FERRY_HASHES";
+        /// Private to blkferry: what is said to a step of a handoff.
+        FerryTold = 0x6673, "FERRY_TOLD";
         /// The request failed.
         Error = 0x8001, "NBD_REPLY_TYPE_ERROR";
         /// The request failed at one place.
@@ -58,6 +61,7 @@ pub(super) fn check_len(kind: ChunkKind, len: u32, max_payload: u32) -> Result<(
         ChunkKind::FerryHashes => {
             (FERRY_HASHES_HEAD_LEN + HASH_LEN, HASH_LEN, FERRY_HASHES_HEAD_LEN + HASH_LEN * MAX_FERRY_HASHES)
         }
+        ChunkKind::FerryTold => (2, 1, MAX_HANDOFF_LEN),
         ChunkKind::ErrorOffset => (14, 1, MAX_ERROR_LEN),
         kind if kind.is_error() => (6, 1, MAX_ERROR_LEN),
         kind => return Err(ProtocolError::UnexpectedChunk { kind }),
@@ -284,4 +288,12 @@ pub fn put_ferry_hashes_chunk(
     out.extend_from_slice(&offset.to_be_bytes());
     out.extend_from_slice(&piece_len_bytes.to_be_bytes());
     out.extend_from_slice(hashes.as_flattened());
+}
+
+/// Appends a whole `FERRY_TOLD` chunk, which ends its reply.
+pub fn put_ferry_told_chunk(out: &mut Vec<u8>, cookie: u64, told: &Told) {
+    let message = told.encode();
+    debug_assert!(message.len() <= MAX_HANDOFF_LEN);
+    put_chunk_header(out, cookie, ReplyFlags::DONE, ChunkKind::FerryTold, message.len() as u32);
+    out.extend_from_slice(&message);
 }

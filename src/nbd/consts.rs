@@ -26,6 +26,10 @@ pub const DEFAULT_PORT: u16 = 10809;
 pub const BASE_ALLOCATION: &str = "base:allocation";
 /// Zero bytes behind an `NBD_OPT_EXPORT_NAME` reply, unless both ends set `NO_ZEROES`.
 pub const EXPORT_NAME_ZEROES: usize = 124;
+/// The context id that answers to `CMD_FERRY_CHANGED` carry.
+pub const FERRY_CHANGED_ID: u32 = 0x6672_0001;
+/// In those answers: this extent was written since.
+pub const FERRY_CHANGED: u32 = 1;
 /// Version of the private ferry option, and of its answer.
 pub const FERRY_VERSION: u16 = 1;
 

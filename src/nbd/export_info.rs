@@ -2,6 +2,7 @@
 
 use super::consts::{DEFAULT_MAX_PAYLOAD, MAX_MIN_BLOCK, TransmissionFlags};
 use super::error::ProtocolError;
+use super::handoff::Standing;
 
 /// The sizes that requests keep to, in bytes (spec: "Size constraints").
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -51,6 +52,8 @@ pub struct ExportInfo {
     pub max_block: u32,
     /// What the private ferry option answers; `None` refuses that option.
     pub identity: Option<String>,
+    /// How the disk stands, if it can change hands: part of that answer.
+    pub standing: Option<Standing>,
 }
 
 impl ExportInfo {
@@ -66,6 +69,7 @@ impl ExportInfo {
             preferred_block: preferred,
             max_block: max,
             identity: None,
+            standing: None,
         }
     }
 

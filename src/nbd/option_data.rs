@@ -5,6 +5,7 @@
 
 use super::consts::{FERRY_VERSION, MAX_NAME, TransmissionFlags};
 use super::export_info::BlockSizes;
+use super::handoff::Standing;
 use super::option::wire_enum;
 use super::wire::{Defect, Reader, cut, printable, put_string32, string};
 use serde::{Deserialize, Serialize};
@@ -133,12 +134,15 @@ pub struct FerryAnswer {
     pub version: u16,
     /// What tells this disk (and its state of writing) from all others.
     pub identity: String,
+    /// How the disk stands, if it can change hands.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub handoff: Option<Standing>,
 }
 
 impl FerryAnswer {
     /// The data bytes.
     pub fn encode(&self) -> Vec<u8> {
-        serde_json::to_vec(self).expect("a number and a string always have a JSON form")
+        serde_json::to_vec(self).expect("plain data always has a JSON form")
     }
 
     /// Reads the data bytes. The identity keeps the rules of NBD strings.

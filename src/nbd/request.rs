@@ -8,6 +8,7 @@
 use super::consts::{CommandFlags, REQUEST_MAGIC, TransmissionFlags};
 use super::errno::NbdError;
 use super::error::ProtocolError;
+use super::handoff::MAX_HANDOFF_LEN;
 use super::option::wire_enum;
 use std::fmt;
 
@@ -32,6 +33,10 @@ wire_enum! {
         BlockStatus = 7, "NBD_CMD_BLOCK_STATUS";
         /// Private to blkferry: the hashes of this range. Needs the ferry option and structured replies.
         FerryHash = 0xf001, "CMD_FERRY_HASH";
+        /// Private to blkferry: a step of a handoff, in the `len` bytes that follow the header.
+        FerryHandoff = 0xf002, "CMD_FERRY_HANDOFF";
+        /// Private to blkferry: which parts of this range were written since the disk was made from its base?
+        FerryChanged = 0xf003, "CMD_FERRY_CHANGED";
     }
 }
 
@@ -93,7 +98,7 @@ impl Request {
     /// Bytes of data that follow the header. A server has to read (or skip) them even if it refuses the request.
     pub const fn payload_len(&self) -> u32 {
         match self.command {
-            Command::Write => self.len,
+            Command::Write | Command::FerryHandoff => self.len,
             _ => 0,
         }
     }
@@ -112,6 +117,10 @@ impl Request {
         if self.command == Command::Flush {
             return if self.offset == 0 && self.len == 0 { Ok(()) } else { Err(NbdError::Inval) };
         }
+        if self.command == Command::FerryHandoff {
+            let fits = (1..=MAX_HANDOFF_LEN as u32).contains(&self.len);
+            return if self.offset == 0 && fits { Ok(()) } else { Err(NbdError::Inval) };
+        }
         self.check_range(limits)
     }
 
@@ -127,6 +136,7 @@ impl Request {
             Command::WriteZeroes => limits.flags.contains(TransmissionFlags::SEND_WRITE_ZEROES),
             Command::BlockStatus => limits.structured && limits.base_allocation,
             Command::FerryHash => limits.structured && limits.ferry,
+            Command::FerryHandoff | Command::FerryChanged => limits.structured && limits.handoff,
             Command::Unknown(_) => false,
         };
         if offered { Ok(()) } else { Err(NbdError::Inval) }
@@ -188,6 +198,8 @@ pub struct Limits {
     pub base_allocation: bool,
     /// The ferry option was answered.
     pub ferry: bool,
+    /// It said how the disk stands.
+    pub handoff: bool,
 }
 
 #[cfg(test)]

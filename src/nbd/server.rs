@@ -58,6 +58,7 @@ impl Session {
             structured: self.structured,
             base_allocation: self.base_allocation.is_some(),
             ferry: self.ferry,
+            handoff: self.ferry && export.standing.is_some(),
         }
     }
 }

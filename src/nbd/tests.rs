@@ -150,7 +150,7 @@ fn data() -> impl Strategy<Value = Vec<u8>> {
         (text, prop::collection::vec("(base:(allocation)?|x:y)", 0..4))
             .prop_map(|(export, queries)| MetaContextRequest { export, queries }.encode()),
         (1u16..3, text).prop_map(|(version, export)| FerryRequest { version, export }.encode()),
-        text.prop_map(|identity| FerryAnswer { version: 1, identity }.encode()),
+        text.prop_map(|identity| FerryAnswer { version: 1, identity, handoff: None }.encode()),
         (text, text).prop_map(|(name, description)| ServerEntry { name, description }.encode()),
         any::<(u64, u16)>().prop_map(|(size_bytes, bits)| {
             let flags = TransmissionFlags::from_bits_retain(bits | 1);
@@ -291,6 +291,7 @@ proptest! {
         let [structured, base_allocation, ferry] = agreed;
         let limits = Limits {
             size_bytes, flags, min_block, max_payload: DEFAULT_MAX_PAYLOAD, structured, base_allocation, ferry,
+            handoff: ferry,
         };
         // With offsets and flags as they come, and brought near to what is allowed.
         let near = Request {
@@ -362,7 +363,7 @@ proptest! {
         prop_assert_eq!(MetaContextRequest::decode(&request.encode()), Ok(request));
         let request = FerryRequest { version: 1, export: export.clone() };
         prop_assert_eq!(FerryRequest::decode(&request.encode()), Ok(request));
-        let answer = FerryAnswer { version: 1, identity: export.clone() };
+        let answer = FerryAnswer { version: 1, identity: export.clone(), handoff: None };
         prop_assert_eq!(FerryAnswer::decode(&answer.encode()), Ok(answer));
         let context = MetaContext { id, name: export.clone() };
         prop_assert_eq!(MetaContext::decode(&context.encode()), Ok(context));

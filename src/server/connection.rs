@@ -12,13 +12,15 @@ use super::stats::ServeStats;
 use super::{HANDSHAKE_TIMEOUT, HASH_PIECE_BYTES, MAX_BYTES, MAX_REQUESTS, MAX_WAITING_BYTES, replies};
 use crate::engine::ByteRange;
 use crate::nbd::{
-    Command, CommandFlags, ExportInfo, Limits, MAX_EXTENTS, NbdError, ProtocolError, Request, ServerHandshake,
+    Ask, Command, CommandFlags, ExportInfo, Limits, MAX_EXTENTS, NbdError, ProtocolError, Request, ServerHandshake,
     ServerStep, Session,
 };
 use crate::uring::{Budget, BufferedReader, Connection, Lent, Mailbox, Part, sleep, spawn};
 
 /// Receive buffer: many requests, or the payload of a small write.
 const READER_BYTES: usize = 64 << 10;
+/// Stretches in one answer to the question what was written since.
+const CHANGED_STRETCHES: usize = 64 << 10;
 /// Parts sent with one system call, across replies.
 const MAX_PARTS_PER_SEND: usize = 128;
 
@@ -162,7 +164,9 @@ async fn read_requests<D: Disk>(reader: &mut BufferedReader, context: &Rc<Contex
             let (result, filled) = reader.read_into(vec![0; payload_len as usize], 0, payload_len as usize).await;
             result?;
             payload = filled;
-            context.stats.add_written(u64::from(payload_len));
+            if request.command == Command::Write {
+                context.stats.add_written(u64::from(payload_len));
+            }
         }
         let context = context.clone();
         spawn(async move {
@@ -219,6 +223,18 @@ async fn answer<D: Disk>(context: &Context<D>, request: Request, payload: Vec<u8
         }
         Command::FerryHash => match disk.hashes(range, HASH_PIECE_BYTES).await {
             Ok(hashes) => return replies::hashes(cookie, offset, HASH_PIECE_BYTES, &hashes),
+            Err(error) => Err(error),
+        },
+        Command::FerryHandoff => match Ask::decode(&payload) {
+            Ok(ask) => match disk.hand_off(ask).await {
+                Ok(told) => return replies::told(cookie, &told),
+                Err(error) => Err(error),
+            },
+            Err(_) => Err(NbdError::Inval),
+        },
+        Command::FerryChanged => match disk.changed(range, CHANGED_STRETCHES).await {
+            Ok(stretches) if !stretches.is_empty() => return replies::changed(cookie, &stretches),
+            Ok(_) => Err(NbdError::Inval),
             Err(error) => Err(error),
         },
         Command::Disc | Command::Unknown(_) => Err(NbdError::Inval),

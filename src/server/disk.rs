@@ -3,7 +3,7 @@
 use std::future::Future;
 
 use crate::engine::ByteRange;
-use crate::nbd::{ExportInfo, NbdError};
+use crate::nbd::{Ask, ExportInfo, NbdError, Told};
 use crate::uring::Part;
 
 /// A stretch of the disk as BLOCK_STATUS (`base:allocation`) tells it.
@@ -70,6 +70,19 @@ pub trait Disk: 'static {
     /// BLAKE3 hashes of a range, one for each `piece_bytes`; only asked by a blkferry client.
     fn hashes(&self, range: ByteRange, piece_bytes: u32) -> impl Future<Output = Result<Vec<[u8; 32]>, NbdError>> {
         let _ = (range, piece_bytes);
+        async { Err(NbdError::NotSup) }
+    }
+
+    /// A step of a handoff; only asked of a disk whose export says how it stands.
+    fn hand_off(&self, ask: Ask) -> impl Future<Output = Result<Told, NbdError>> {
+        let _ = ask;
+        async { Err(NbdError::NotSup) }
+    }
+
+    /// Stretches from the start of a range that were (true) or were not written since the disk was made from its base:
+    /// at least one, at most `max`, perhaps short of its end.
+    fn changed(&self, range: ByteRange, max: usize) -> impl Future<Output = Result<Vec<(u64, bool)>, NbdError>> {
+        let _ = (range, max);
         async { Err(NbdError::NotSup) }
     }
 }

@@ -1,9 +1,10 @@
 //! From answers to bytes on the wire.
 
 use crate::nbd::chunk::{
-    Extent, Hole, put_block_status_chunk, put_data_chunk_head, put_error_chunk, put_ferry_hashes_chunk, put_none_chunk,
+    Extent, Hole, put_block_status_chunk, put_data_chunk_head, put_error_chunk, put_ferry_hashes_chunk,
+    put_ferry_told_chunk, put_none_chunk,
 };
-use crate::nbd::{NbdError, ReplyFlags, StateFlags, put_simple_reply};
+use crate::nbd::{FERRY_CHANGED, FERRY_CHANGED_ID, NbdError, ReplyFlags, StateFlags, Told, put_simple_reply};
 use crate::uring::Part;
 
 use super::disk::DiskExtent;
@@ -76,5 +77,24 @@ pub(super) fn block_status(cookie: u64, context_id: u32, extents: &[DiskExtent])
 pub(super) fn hashes(cookie: u64, offset: u64, piece_bytes: u32, hashes: &[[u8; 32]]) -> Vec<Part> {
     let mut head = Vec::new();
     put_ferry_hashes_chunk(&mut head, cookie, ReplyFlags::DONE, offset, piece_bytes, hashes);
+    vec![Part::Owned(head)]
+}
+
+/// The answer to a step of a handoff.
+pub(super) fn told(cookie: u64, told: &Told) -> Vec<Part> {
+    let mut chunk = Vec::new();
+    put_ferry_told_chunk(&mut chunk, cookie, told);
+    vec![Part::Owned(chunk)]
+}
+
+/// The answer to the question what was written since.
+pub(super) fn changed(cookie: u64, stretches: &[(u64, bool)]) -> Vec<Part> {
+    let to_wire = |&(len_bytes, changed): &(u64, bool)| {
+        let len = u32::try_from(len_bytes).expect("stretches lie in a request, which is shorter than 4 GiB");
+        Extent { len, flags: StateFlags::from_bits_retain(if changed { FERRY_CHANGED } else { 0 }) }
+    };
+    let extents: Vec<Extent> = stretches.iter().map(to_wire).collect();
+    let mut head = Vec::new();
+    put_block_status_chunk(&mut head, cookie, ReplyFlags::DONE, FERRY_CHANGED_ID, &extents);
     vec![Part::Owned(head)]
 }

@@ -55,7 +55,7 @@ pub fn shake_hands(stream: &mut UnixStream, manners: &Manners, size_bytes: u64) 
                 add(OptionReplyKind::Ack, &[]);
             }
             (OptionKind::Ferry, Some(identity)) => {
-                let answer = FerryAnswer { version: FERRY_VERSION, identity: identity.clone() };
+                let answer = FerryAnswer { version: FERRY_VERSION, identity: identity.clone(), handoff: None };
                 add(OptionReplyKind::Ferry, &answer.encode());
                 add(OptionReplyKind::Ack, &[]);
             }

@@ -3,6 +3,7 @@
 use super::{ClientHandshake, ClientStep, ORDER, State, option_bytes};
 use crate::nbd::consts::{BASE_ALLOCATION, MAX_OPTION_REPLY_LEN};
 use crate::nbd::error::ProtocolError;
+use crate::nbd::handoff::HANDOFF_VERSION;
 use crate::nbd::option::{OptionKind, OptionReplyHeader, OptionReplyKind};
 use crate::nbd::option_data::{FerryAnswer, Info, MetaContext, ServerEntry};
 use crate::nbd::wire::{Defect, printable};
@@ -46,7 +47,10 @@ impl ClientHandshake {
                 }
             }
             (OptionKind::Ferry, OptionReplyKind::Ferry) => {
-                self.found.ferry_identity = Some(FerryAnswer::decode(data)?.identity);
+                let FerryAnswer { identity, handoff, .. } = FerryAnswer::decode(data)?;
+                self.found.ferry_identity = Some(identity);
+                // Of another version nothing is known: as if it could not change hands.
+                self.found.standing = handoff.filter(|standing| standing.version == HANDOFF_VERSION);
             }
             (OptionKind::List, OptionReplyKind::Server) => {
                 let ServerEntry { name, description } = ServerEntry::decode(data)?;

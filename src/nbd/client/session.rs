@@ -3,6 +3,7 @@
 use crate::nbd::consts::{DEFAULT_MAX_PAYLOAD, TransmissionFlags};
 use crate::nbd::error::ProtocolError;
 use crate::nbd::export_info::BlockSizes;
+use crate::nbd::handoff::Standing;
 use crate::nbd::option::OptionKind;
 use crate::nbd::option_data::Info;
 
@@ -26,6 +27,8 @@ pub struct ClientSession {
     pub base_allocation: Option<u32>,
     /// The identity that a blkferry server gave. `Some` allows `CMD_FERRY_HASH` (with structured replies).
     pub ferry_identity: Option<String>,
+    /// How its disk stands, if that can change hands. `Some` allows `CMD_FERRY_HANDOFF`.
+    pub standing: Option<Standing>,
     /// The canonical name of the export, if the server sent it.
     pub name: Option<String>,
     /// The description of the export, if the server sent it.
@@ -47,6 +50,7 @@ pub(super) struct Findings {
     pub(super) structured: bool,
     pub(super) base_allocation: Option<u32>,
     pub(super) ferry_identity: Option<String>,
+    pub(super) standing: Option<Standing>,
     pub(super) export: Option<(u64, TransmissionFlags)>,
     block_sizes: Option<BlockSizes>,
     name: Option<String>,
@@ -68,7 +72,7 @@ impl Findings {
     pub(super) fn forget(&mut self, option: OptionKind) {
         match option {
             OptionKind::SetMetaContext => self.base_allocation = None,
-            OptionKind::Ferry => self.ferry_identity = None,
+            OptionKind::Ferry => (self.ferry_identity, self.standing) = (None, None),
             OptionKind::Go => (self.export, self.block_sizes, self.name, self.description) = (None, None, None, None),
             _ => {}
         }
@@ -93,6 +97,7 @@ impl Findings {
             structured: self.structured,
             base_allocation: self.base_allocation,
             ferry_identity: self.ferry_identity,
+            standing: self.standing.filter(|_| self.structured),
             name: self.name,
             description: self.description,
         })

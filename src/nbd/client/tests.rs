@@ -114,7 +114,7 @@ fn answer_all(client: &mut ClientHandshake, options: &[OptionKind]) -> ClientSes
         match option {
             OptionKind::Go => tell_export(client, 512, TransmissionFlags::empty()),
             OptionKind::Ferry => {
-                let identity = FerryAnswer { version: 1, identity: "i".into() }.encode();
+                let identity = FerryAnswer { version: 1, identity: "i".into(), handoff: None }.encode();
                 tell(client, *option, OptionReplyKind::Ferry, &identity);
             }
             OptionKind::SetMetaContext => {
@@ -135,7 +135,7 @@ fn a_blkferry_export_gets_the_rest_together() {
     use OptionKind::{Ferry, Go, SetMetaContext, StructuredReply};
     let (mut client, first) = client("x", ALL);
     assert_eq!(first, Ferry);
-    let identity = FerryAnswer { version: 1, identity: "i".into() }.encode();
+    let identity = FerryAnswer { version: 1, identity: "i".into(), handoff: None }.encode();
     tell(&mut client, Ferry, OptionReplyKind::Ferry, &identity);
     let ClientStep::Send(sent) = answer(&mut client, Ferry, OptionReplyKind::Ack, &[]).unwrap() else {
         panic!("nothing sent");
@@ -174,7 +174,7 @@ fn a_known_blkferry_export_gets_everything_together_and_may_be_none_any_more() {
 fn what_was_told_before_an_error_does_not_count() {
     use OptionKind::{ExportName, Ferry, Go, SetMetaContext, StructuredReply};
     let (mut client, _) = client("x", ALL);
-    let identity = FerryAnswer { version: 1, identity: "i".into() }.encode();
+    let identity = FerryAnswer { version: 1, identity: "i".into(), handoff: None }.encode();
     tell(&mut client, Ferry, OptionReplyKind::Ferry, &identity);
     assert_eq!(next(&mut client, Ferry, OptionReplyKind::ErrPolicy, &[]), StructuredReply);
     let after = next(&mut client, StructuredReply, OptionReplyKind::Ack, &[]);

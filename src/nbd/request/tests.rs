@@ -12,6 +12,7 @@ fn full() -> Limits {
         structured: true,
         base_allocation: true,
         ferry: true,
+        handoff: true,
     }
 }
 

@@ -190,7 +190,7 @@ impl ServerHandshake {
         }
         let (index, export) = self.find(&request.export)?;
         let identity = export.identity.clone().ok_or_else(|| unsupported("this export has no identity"))?;
-        let answer = FerryAnswer { version: FERRY_VERSION, identity };
+        let answer = FerryAnswer { version: FERRY_VERSION, identity, handoff: export.standing.clone() };
         self.agreed.ferry_of = Some(index);
         let mut replies = Replies::to(OptionKind::Ferry);
         replies.add(OptionReplyKind::Ferry, &answer.encode());

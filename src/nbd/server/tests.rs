@@ -301,6 +301,7 @@ fn limits_follow_the_session() {
         structured: true,
         base_allocation: true,
         ferry: false,
+        handoff: false,
     };
     assert_eq!(session.limits(export), want);
 }
