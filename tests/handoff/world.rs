@@ -41,19 +41,11 @@ pub enum Flaw {
     WriteBeforeRecord,
     /// The destination keeps it in mind only that it called the handoff off.
     CallOffFromMemory,
-    /// Giving back does not end the epoch.
-    SameEpochAgain,
 }
 
 impl Flaw {
-    pub const ALL: [Self; 6] = [
-        Self::AnswerBeforeRecord,
-        Self::NoFence,
-        Self::FenceLeft,
-        Self::WriteBeforeRecord,
-        Self::CallOffFromMemory,
-        Self::SameEpochAgain,
-    ];
+    pub const ALL: [Self; 5] =
+        [Self::AnswerBeforeRecord, Self::NoFence, Self::FenceLeft, Self::WriteBeforeRecord, Self::CallOffFromMemory];
 }
 
 /// A step.
@@ -274,8 +266,7 @@ impl World {
         if !job.recorded {
             self.step(Label::SourceRecords, steps, |w| {
                 let (Move::Give(deed) | Move::TakeBack(deed)) = job.todo.clone() else { unreachable!() };
-                let back = !is_give && w.flaw == Some(Flaw::SameEpochAgain) && deed.epoch > 1;
-                w.source.deed = if back { Deed { epoch: deed.epoch - 1, ..deed } } else { deed };
+                w.source.deed = deed;
                 w.source.given_as = is_give.then_some(w.source.content);
                 w.source.job.as_mut().unwrap().recorded = true;
             });
@@ -305,7 +296,9 @@ impl World {
     fn network_steps(&self, index: usize, steps: &mut Vec<(Label, Self)>) {
         let destination = &self.destinations[index];
         for (at, ask) in destination.asks.iter().enumerate() {
-            self.step(Label::AskIsLost(index, ask.clone()), steps, |w| drop(w.destinations[index].asks.remove(at)));
+            self.step(Label::AskIsLost(index, ask.clone()), steps, |w| {
+                w.destinations[index].asks.remove(at);
+            });
             // One handoff at a time, in the order in which they come up: any.
             if self.source.up && self.source.job.is_none() {
                 self.step(Label::SourceHears(index, ask.clone()), steps, |w| {
