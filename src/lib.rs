@@ -66,6 +66,7 @@
 //!
 //! (I7 belongs to the standby state of a handoff, which is still to come.)
 
+pub mod beside;
 pub mod cache;
 pub mod cli;
 pub mod control;

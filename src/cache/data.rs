@@ -13,7 +13,6 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::unistd::{Whence, lseek};
 
-use super::metadata::sync_directory;
 use crate::uring::FileIo;
 
 /// The bytes that QEMU locks on an image (OFD locks): 100+n "permission n in use", 200+n "permission n
@@ -112,7 +111,7 @@ impl DataFile {
         } else if fresh {
             file.set_len(size_bytes).map_err(io("set the size"))?;
             file.sync_all().map_err(io("sync"))?;
-            sync_directory(path).map_err(io("sync the directory"))?;
+            sync_dir_of(path).map_err(io("sync the directory"))?;
         } else {
             check_size(path, file.metadata().map_err(io("stat"))?.len(), size_bytes)?;
         }

@@ -11,6 +11,7 @@ use uuid::Uuid;
 use super::page::{PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
 use super::recover::{Newest, Recovered, Recovery, geometry_of};
 use super::superblock::{FORMAT_VERSION, Superblock};
+use crate::beside::sync_dir_of;
 use crate::engine::{GeometryError, Maps, PageImage};
 
 pub(super) const KIND_SUPERBLOCK: u32 = 1;
@@ -124,7 +125,7 @@ impl MetadataFile {
         file.write_all_at(&encode_superblock(superblock, 1), 0).map_err(io("write the superblock"))?;
         file.sync_all().map_err(io("sync"))?;
         fs::rename(&fresh, path).map_err(io("rename into place"))?;
-        sync_directory(path).map_err(io("sync the directory"))?;
+        sync_dir_of(path).map_err(io("sync the directory"))?;
         let recovered = Recovered {
             superblock: superblock.clone(),
             pages: Vec::new(),
@@ -177,9 +178,4 @@ pub fn file_bytes(pages: u64) -> u64 {
 /// Where a copy of a map page lies, in the file for so many of them.
 pub fn map_offset(pages: u64, page: u64, copy: u64) -> u64 {
     (SUPERBLOCK_COPIES + copy * pages + page) * PAGE_BYTES as u64
-}
-
-pub(super) fn sync_directory(path: &Path) -> io::Result<()> {
-    let parent = path.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
-    File::open(parent)?.sync_all()
 }

@@ -2,7 +2,6 @@
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
@@ -13,10 +12,8 @@ use super::live::{LiveError, LiveMap, boot_id};
 use super::metadata::{MetadataError, MetadataFile, fits};
 use super::recover::Recovered;
 use super::superblock::{CacheState, Superblock};
+use crate::beside::{beside, make_device_dir};
 use crate::engine::{Geometry, GeometryError, Maps, Words, load_page};
-
-/// Where the metadata of block devices is kept.
-const DEVICE_METADATA_DIR: &str = "/var/lib/blkferry";
 
 /// Block size of a new cache, where the user names none.
 pub const DEFAULT_BLOCK_BYTES: u64 = 4096;
@@ -62,7 +59,7 @@ pub enum OpenError {
     #[error(transparent)]
     Live(#[from] LiveError),
     /// The default place for metadata cannot be made.
-    #[error("cannot make {path} for the metadata: {source}; name another place with --metadata")]
+    #[error("cannot make the directory of {path} for the metadata: {source}; name another place with --metadata")]
     MetadataDir {
         /// The directory.
         path: PathBuf,
@@ -223,7 +220,8 @@ impl Cache {
             data.check_blank(&options.data)?;
         }
         if fresh && options.metadata == default_metadata_path(&options.data) {
-            make_metadata_dir(&options.metadata)?;
+            let path = options.metadata.clone();
+            make_device_dir(&options.metadata).map_err(|source| OpenError::MetadataDir { path, source })?;
         }
         let opened = match &superblock {
             Some(superblock) => MetadataFile::create(&options.metadata, superblock),
@@ -272,13 +270,6 @@ impl Cache {
         let store = Store { data: data.clone(), metadata, committer, live_path };
         Ok(Self { data, maps, store, resumed: !fresh, notes: recovered.notes })
     }
-}
-
-/// The place for the metadata of block devices may not be there yet.
-fn make_metadata_dir(metadata: &Path) -> Result<(), OpenError> {
-    let Some(dir) = metadata.parent().filter(|dir| *dir == Path::new(DEVICE_METADATA_DIR)) else { return Ok(()) };
-    let made = fs::DirBuilder::new().recursive(true).mode(0o700).create(dir);
-    made.map_err(|source| OpenError::MetadataDir { path: dir.into(), source })
 }
 
 /// Do two paths lead to one file, which need not be there yet?
@@ -339,14 +330,5 @@ fn check_same(superblock: &Superblock, source: &SourceFacts, block_bytes: Option
 
 /// Where the metadata of a cache lies if the user does not say: beside a file, under /var/lib for a device.
 pub fn default_metadata_path(data: &Path) -> PathBuf {
-    let is_device = fs::metadata(data).is_ok_and(|m| std::os::unix::fs::FileTypeExt::is_block_device(&m.file_type()));
-    let mut name = if is_device {
-        let plain = fs::canonicalize(data).unwrap_or_else(|_| data.into());
-        let flat = plain.display().to_string().trim_start_matches('/').replace('/', "-");
-        Path::new(DEVICE_METADATA_DIR).join(flat).into_os_string()
-    } else {
-        data.as_os_str().to_owned()
-    };
-    name.push(".ferry");
-    name.into()
+    beside(data, "ferry")
 }

@@ -9,8 +9,8 @@ use anyhow::Context;
 
 use super::display;
 use crate::daemon::wait_for_stop_signal;
-use crate::export::{ExportDisk, Image};
-use crate::nbd::Address;
+use crate::export::{ExportDisk, Giver};
+use crate::nbd::{Address, Standing};
 use crate::server::{ServeStats, Server};
 use crate::uring::{Listener, Mailbox, Reactor, require_io_uring};
 
@@ -31,6 +31,10 @@ pub(super) struct Args {
     /// Name of the export. Clients that name none get it too
     #[arg(long, value_name = "EXPORT", default_value = "")]
     name: String,
+    /// Let the disk change hosts: a machine may go on using the image, until a destination in standby takes the disk
+    /// over; then nobody can write the image here. Who has it is kept in IMAGE.handoff
+    #[arg(long, conflicts_with = "in_use")]
+    handoff: bool,
     /// Serve the image although somebody may be writing to it (QEMU holds its lock)
     #[arg(long)]
     in_use: bool,
@@ -44,12 +48,13 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let stop = Mailbox::default();
     let ring_bell = stop.clone();
     wait_for_stop_signal(move || ring_bell.send(()))?;
-    let image = Image::open(&args.image, args.in_use)?;
+    let (image, giver) = Giver::open(&args.image, args.in_use, args.handoff)?;
     let size_bytes = image.size_bytes();
-    let disk = ExportDisk::new(image, args.name.clone())?;
+    let standing = giver.as_ref().map(|giver| giver.standing());
+    let disk = ExportDisk::new(image, giver, args.name.clone())?;
     let listeners = args.listen.iter().map(listen).collect::<anyhow::Result<Vec<_>>>()?;
     let uris: Vec<String> = listeners.iter().map(|(_, uri)| uri(args)).collect();
-    announce(args, size_bytes, &uris)?;
+    announce(args, size_bytes, &uris, standing.as_ref())?;
     super::tell_service_manager(&format!("serving {}", uris.join(" ")))?;
     let stats = ServeStats::default();
     let told = stats.clone();
@@ -86,10 +91,16 @@ fn listen(address: &Address) -> anyhow::Result<(Listener, MakeUri)> {
     }
 }
 
-fn announce(args: &Args, size_bytes: u64, uris: &[String]) -> anyhow::Result<()> {
+fn announce(args: &Args, size_bytes: u64, uris: &[String], standing: Option<&Standing>) -> anyhow::Result<()> {
     if args.json {
-        outln!("{}", serde_json::json!({ "image": args.image, "size_bytes": size_bytes, "uris": uris }));
+        let handoff = standing.map(|s| serde_json::json!({ "disk": s.disk, "epoch": s.epoch, "given_to": s.given_to }));
+        let said =
+            serde_json::json!({ "image": args.image, "size_bytes": size_bytes, "uris": uris, "handoff": handoff });
+        outln!("{said}");
         return Ok(());
+    }
+    if let Some(Standing { epoch, given_to: Some(to), .. }) = standing {
+        outln!("{} was given to {to} in epoch {epoch}: it is read-only here", args.image.display());
     }
     for uri in uris {
         outln!("serving {} ({}) at {uri}", args.image.display(), display::bytes(size_bytes));

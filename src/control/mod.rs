@@ -16,9 +16,10 @@ mod server;
 mod status;
 
 pub use client::{Client, ControlError};
-pub use protocol::{Answer, Detached, Request};
+pub use protocol::{Answer, Detached, Request, Taken};
 pub use rundir::{Claim, Entry, NameError, RunDir, RunDirError, UblkEntry};
 pub use server::{ControlServer, Handler};
 pub use status::{
-    BlockStatus, ByteStatus, CacheStatus, FrontendStatus, HydrateStatus, SourceStatus, State, Status, WireStatus,
+    BlockStatus, ByteStatus, CacheStatus, FrontendStatus, HandoffStatus, HydrateStatus, SourceStatus, State, Status,
+    WireStatus,
 };

@@ -22,6 +22,21 @@ pub enum Request {
     },
     /// Compare with the source. Answered with progress and a report.
     Verify,
+    /// In standby: get the disk from the source, and do not use it yet. Answered with [`Taken`].
+    Take {
+        /// How long to wait for those who still write to it, in milliseconds.
+        wait_ms: u64,
+    },
+    /// In standby: get the disk, if that was not done, and let the guest write. Answered with [`Taken`].
+    Activate {
+        /// How long to wait for those who still write to it, in milliseconds.
+        wait_ms: u64,
+    },
+    /// In standby: give back what was taken. Answered with null.
+    #[serde(rename = "call-off")]
+    CallOff,
+    /// In standby: give back what was taken, for good, and end the device. Answered with null.
+    Abort,
 }
 
 /// What the daemon answers: any number of `Progress`, then one of the others.
@@ -34,6 +49,17 @@ pub enum Answer<T> {
     Error(String),
     /// Under way.
     Progress(serde_json::Value),
+}
+
+/// The source has given the disk.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Taken {
+    /// The epoch that has begun.
+    pub epoch: u64,
+    /// Was it so already?
+    pub already: bool,
+    /// What the operator has to see to, because the source cannot.
+    pub warning: Option<String>,
 }
 
 /// How a device was left.

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use serde::Serialize;
 
-use super::protocol::{Answer, Detached, Request};
+use super::protocol::{Answer, Detached, Request, Taken};
 use super::status::Status;
 use crate::device::{VerifyProgress, VerifyReport};
 
@@ -26,8 +26,16 @@ pub trait Handler: Send + Sync + 'static {
     fn set(&self, key: &str, value: &str) -> Result<String, String>;
     /// Ends the device.
     fn detach(&self, incomplete: bool) -> Result<Detached, String>;
-    /// The answer to `detach` has been sent.
+    /// The answer to `detach` or `abort` has been sent.
     fn detach_answered(&self);
+    /// Gets the disk from the source.
+    fn take(&self, wait: Duration) -> Result<Taken, String>;
+    /// Gets the disk from the source and lets the guest write.
+    fn activate(&self, wait: Duration) -> Result<Taken, String>;
+    /// Gives back what was taken.
+    fn call_off(&self) -> Result<(), String>;
+    /// Gives back what was taken, for good, and ends the device.
+    fn abort(&self) -> Result<(), String>;
     /// Compares with the source; `progress` says whether to go on.
     fn verify(&self, progress: &mut dyn FnMut(VerifyProgress) -> bool) -> Result<VerifyReport, String>;
 }
@@ -92,6 +100,14 @@ fn perform(request: Request, handler: &dyn Handler, writer: &mut UnixStream) -> 
         Request::Set { key, value } => answer(writer, &handler.set(&key, &value).into()),
         Request::Detach { incomplete } => {
             let result = answer(writer, &handler.detach(incomplete).into());
+            handler.detach_answered();
+            result
+        }
+        Request::Take { wait_ms } => answer(writer, &handler.take(Duration::from_millis(wait_ms)).into()),
+        Request::Activate { wait_ms } => answer(writer, &handler.activate(Duration::from_millis(wait_ms)).into()),
+        Request::CallOff => answer(writer, &handler.call_off().into()),
+        Request::Abort => {
+            let result = answer(writer, &handler.abort().into());
             handler.detach_answered();
             result
         }

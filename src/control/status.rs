@@ -6,12 +6,16 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum State {
+    /// The disk is still the source's: reads pass through, writes are refused, nothing is kept.
+    Standby,
     /// Blocks are absent, the source answers.
     Active,
     /// Blocks are absent, the source is lost; hits and writes go on.
     Degraded,
     /// All blocks are here and committed: the source may be switched off.
     Complete,
+    /// Given to another host: reads go on, writes are refused.
+    Away,
     /// Stopped for good; see `failure`.
     Failed,
 }
@@ -27,6 +31,9 @@ pub struct Status {
     pub failure: Option<String>,
     /// Must the source still be kept? False only when that is proven: all present, all committed.
     pub source_needed: bool,
+    /// How the disk stands between hosts.
+    #[serde(default)]
+    pub handoff: HandoffStatus,
     /// The daemon's process id.
     pub pid: u32,
     /// The daemon's version.
@@ -47,6 +54,23 @@ pub struct Status {
     pub wire: WireStatus,
     /// Background fetching.
     pub hydrate: HydrateStatus,
+}
+
+/// How the disk stands between hosts.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct HandoffStatus {
+    /// The disk's own name: a UUID.
+    pub disk: String,
+    /// Its epoch here; 0 in standby.
+    pub epoch: u64,
+    /// The source's disk, if it can give it away.
+    pub source_disk: Option<String>,
+    /// Who it was given to.
+    pub given_to: Option<String>,
+    /// Who it was given to has everything: this device is not needed any more.
+    pub released: bool,
+    /// Where it is offered to others.
+    pub export: Option<String>,
 }
 
 /// How the guest reaches the device.

@@ -3,9 +3,10 @@
 use std::cell::RefCell;
 use std::sync::Arc;
 
+use super::giver::Giver;
 use super::image::{Image, ImageError};
 use crate::engine::ByteRange;
-use crate::nbd::{DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, TransmissionFlags};
+use crate::nbd::{Ask, DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, Told, TransmissionFlags};
 use crate::server::{Disk, DiskExtent};
 use crate::uring::Part;
 
@@ -20,12 +21,13 @@ const MAX_HASHED_BYTES: u64 = 64 << 20;
 /// An image on offer.
 pub struct ExportDisk {
     image: Image,
+    giver: Option<Arc<Giver>>,
     info: RefCell<ExportInfo>,
 }
 
 impl ExportDisk {
-    /// Offers an image under a name.
-    pub fn new(image: Image, name: String) -> Result<Self, ImageError> {
+    /// Offers an image under a name; with a `giver`, it can change hands.
+    pub fn new(image: Image, giver: Option<Arc<Giver>>, name: String) -> Result<Self, ImageError> {
         let flags = TransmissionFlags::HAS_FLAGS
             | TransmissionFlags::READ_ONLY
             | TransmissionFlags::SEND_DF
@@ -44,7 +46,7 @@ impl ExportDisk {
             identity: Some(identity),
             standing: None,
         };
-        Ok(Self { image, info: RefCell::new(info) })
+        Ok(Self { image, giver, info: RefCell::new(info) })
     }
 
     async fn read_bytes(&self, range: ByteRange) -> Result<Vec<u8>, NbdError> {
@@ -66,6 +68,7 @@ impl Disk for ExportDisk {
                 let mut info = self.info.borrow_mut();
                 info.size_bytes = size_bytes;
                 info.identity = Some(identity);
+                info.standing = self.giver.as_ref().map(|giver| giver.standing());
             }
             Err(e) => log::error!("image {}: cannot be read: {e}", self.image.path().display()),
         }
@@ -84,6 +87,11 @@ impl Disk for ExportDisk {
     async fn extents(&self, range: ByteRange, max: usize) -> Result<Vec<DiskExtent>, NbdError> {
         let extents = self.image.io().extents(range.start..range.end, max);
         Ok(extents.into_iter().map(|e| DiskExtent { len_bytes: e.len_bytes, hole: e.hole, zero: e.hole }).collect())
+    }
+
+    async fn hand_off(&self, ask: Ask) -> Result<Told, NbdError> {
+        let giver = self.giver.clone().ok_or(NbdError::NotSup)?;
+        giver.hand_off(self.image.clone(), ask).await
     }
 
     async fn hashes(&self, range: ByteRange, piece_bytes: u32) -> Result<Vec<[u8; 32]>, NbdError> {

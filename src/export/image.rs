@@ -5,6 +5,7 @@ use std::io;
 use std::os::fd::AsFd;
 use std::os::unix::fs::{FileExt, FileTypeExt, MetadataExt};
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
@@ -49,16 +50,16 @@ pub enum ImageError {
     /// A virtual machine has it.
     #[error(
         "image {0} is open for writing by another process (QEMU holds its lock): what is fetched would be a mix of \
-         old and new. Stop the machine first, or serve it nevertheless with --in-use"
+         old and new. Stop the machine first, or serve it with --handoff to let it change hosts"
     )]
     InUse(PathBuf),
 }
 
-/// An open image.
-#[derive(Debug)]
+/// An open image. Clones are the same opening, with the same locks.
+#[derive(Clone, Debug)]
 pub struct Image {
     path: PathBuf,
-    file: File,
+    file: Arc<File>,
     io: FileIo,
     size_bytes: u64,
 }
@@ -85,7 +86,29 @@ impl Image {
             _ => {}
         }
         let io = FileIo::from(file.try_clone().map_err(io("duplicate the descriptor"))?);
-        Ok(Self { path: path.into(), file, io, size_bytes })
+        Ok(Self { path: path.into(), file: Arc::new(file), io, size_bytes })
+    }
+
+    /// Sees to it that nobody who honours QEMU's locks writes to it. Fails with [`ImageError::InUse`] if somebody has it
+    /// open for writing; then nothing has changed.
+    pub fn keep_writers_out(&self) -> Result<(), ImageError> {
+        keep_writers_out(&self.file, &self.path).inspect_err(|_| {
+            // Nothing that was not locked is unlocked by this.
+            let _ = self.let_writers_in();
+        })
+    }
+
+    /// Takes that back.
+    pub fn let_writers_in(&self) -> io::Result<()> {
+        for byte in [LOCK_NOBODY_WRITES, LOCK_READS] {
+            fcntl(self.file.as_fd(), FcntlArg::F_OFD_SETLK(&lock_on(libc::F_UNLCK, byte)))?;
+        }
+        Ok(())
+    }
+
+    /// Another descriptor of the same opening.
+    pub fn duplicate(&self) -> io::Result<File> {
+        self.file.try_clone()
     }
 
     /// Positioned I/O on it.
@@ -123,22 +146,25 @@ impl Image {
     }
 }
 
-fn keep_writers_out(file: &File, path: &Path) -> Result<(), ImageError> {
-    let lock = |kind: i32, byte| libc::flock {
+fn lock_on(kind: i32, byte: i64) -> libc::flock {
+    libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
         l_start: byte,
         l_len: 1,
         l_pid: 0,
-    };
+    }
+}
+
+fn keep_writers_out(file: &File, path: &Path) -> Result<(), ImageError> {
     let io = |e: nix::Error| ImageError::Io { path: path.into(), action: "lock", source: e.into() };
     for byte in [LOCK_READS, LOCK_NOBODY_WRITES] {
-        fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock(libc::F_RDLCK, byte))).map_err(|e| match e {
+        fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock_on(libc::F_RDLCK, byte))).map_err(|e| match e {
             nix::Error::EAGAIN | nix::Error::EACCES => ImageError::InUse(path.into()),
             other => io(other),
         })?;
     }
-    let mut writers = lock(libc::F_WRLCK, LOCK_WRITES);
+    let mut writers = lock_on(libc::F_WRLCK, LOCK_WRITES);
     fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut writers)).map_err(io)?;
     if writers.l_type != libc::F_UNLCK as libc::c_short {
         return Err(ImageError::InUse(path.into()));

@@ -1,10 +1,16 @@
 //! The source side: serves an image, read-only, to whoever ferries it.
 //!
 //! Invariants: the image is never written; runs of zeros and holes leave as holes, whatever the reader
-//! asked for; what the image is known by changes when its contents do.
+//! asked for; what the image is known by changes when its contents do; an image that was given to a destination is
+//! written by nobody until it is given back.
 
 mod disk;
+mod fence;
+mod giver;
 mod image;
+mod record;
 
 pub use disk::ExportDisk;
+pub use giver::{Giver, GiverError, Reclaimed, reclaim};
 pub use image::{Image, ImageError};
+pub use record::{Record, RecordError};

@@ -15,7 +15,8 @@ use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent};
 use crate::nbd::chunk::{BlockStatus, ErrorChunk, FerryHashes, Hole, decode_data_offset};
 use crate::nbd::{
-    ChunkKind, ClientSession, Command, CommandFlags, NbdError, ProtocolError, ReplyHeader, Request, StateFlags,
+    Ask, ChunkKind, ClientSession, Command, CommandFlags, FERRY_CHANGED, FERRY_CHANGED_ID, NbdError, ProtocolError,
+    ReplyHeader, Request, StateFlags, Told,
 };
 use crate::uring::{BufferedReader, Connection, Mailbox, Part, spawn};
 
@@ -56,6 +57,8 @@ enum Waiting {
     Read { read: ReadAssembly, answer: Answer<FetchedData> },
     Extents { extents: Vec<Extent>, answer: Answer<Vec<Extent>> },
     Hashes { hashes: Vec<[u8; 32]>, answer: Answer<Vec<[u8; 32]>> },
+    Told { told: Option<Told>, answer: Answer<Option<Told>> },
+    Changed { stretches: Vec<(u64, bool)>, answer: Answer<Vec<(u64, bool)>> },
 }
 
 struct Pending {
@@ -197,10 +200,36 @@ impl Link {
         self.ask(Command::FerryHash, range, |answer| Waiting::Hashes { hashes: Vec::new(), answer }).await
     }
 
+    /// A step of a handoff; only of a source that says how its disk stands.
+    pub(super) async fn hand_off(&self, ask: &Ask) -> Result<Told, LinkError> {
+        let message = ask.encode();
+        let range = ByteRange::new(0, message.len() as u64);
+        let waiting = |answer| Waiting::Told { told: None, answer };
+        let told = self.ask_with(Command::FerryHandoff, range, &message, waiting).await?;
+        // "Done" without a word: as good as an answer that cannot be read.
+        told.ok_or(LinkError::Refused(Errno::EIO))
+    }
+
+    /// Asks what was written since the source's disk was made from its base: lengths, from the start of the range on.
+    pub(super) async fn changed(&self, range: ByteRange) -> Result<Vec<(u64, bool)>, LinkError> {
+        let waiting = |answer| Waiting::Changed { stretches: Vec::new(), answer };
+        self.ask(Command::FerryChanged, range, waiting).await
+    }
+
     async fn ask<T>(
         &self,
         command: Command,
         range: ByteRange,
+        waiting: impl FnOnce(Answer<T>) -> Waiting,
+    ) -> Result<T, LinkError> {
+        self.ask_with(command, range, &[], waiting).await
+    }
+
+    async fn ask_with<T>(
+        &self,
+        command: Command,
+        range: ByteRange,
+        payload: &[u8],
         waiting: impl FnOnce(Answer<T>) -> Waiting,
     ) -> Result<T, LinkError> {
         if !self.is_alive() {
@@ -215,7 +244,7 @@ impl Link {
         self.inner.pending.borrow_mut().insert(cookie, Pending { waiting: waiting(answer), error: None });
         let len = u32::try_from(range.len()).expect("callers ask for less than 4 GiB at once");
         let request = Request { flags: CommandFlags::empty(), command, cookie, offset: range.start, len };
-        self.inner.requests.send(request.encode().to_vec());
+        self.inner.requests.send([&request.encode()[..], payload].concat());
         answered.await.unwrap_or(Err(LinkError::Lost))
     }
 
@@ -275,7 +304,7 @@ impl Link {
                 receive_data(reader, read, range.start, range.len(), &self.inner).await
             }
             // Without structured replies there is nothing to say beyond "done".
-            Waiting::Extents { .. } | Waiting::Hashes { .. } => Ok(()),
+            _ => Ok(()),
         }
     }
 
@@ -306,6 +335,16 @@ impl Link {
             }
             (ChunkKind::FerryHashes, Waiting::Hashes { hashes, .. }) => {
                 hashes.extend(FerryHashes::decode(&payload(reader, len).await?)?.hashes);
+            }
+            (ChunkKind::FerryTold, Waiting::Told { told, .. }) => {
+                *told = Some(Told::decode(&payload(reader, len).await?)?)
+            }
+            (ChunkKind::BlockStatus, Waiting::Changed { stretches, .. }) => {
+                let status = BlockStatus::decode(&payload(reader, len).await?)?;
+                if status.context_id == FERRY_CHANGED_ID {
+                    let told = status.extents.iter();
+                    stretches.extend(told.map(|e| (u64::from(e.len), e.flags.bits() & FERRY_CHANGED != 0)));
+                }
             }
             (kind, _) if kind.is_error() => {
                 let error = ErrorChunk::decode(kind, &payload(reader, len).await?)?;
@@ -358,6 +397,10 @@ fn finish(pending: Pending) -> Result<(), LinkFailure> {
         (Waiting::Read { read, answer }, None) => drop(answer.send(Ok(read.finish()?))),
         (Waiting::Extents { extents, answer }, refused) => drop(answer.send(refused.map_or(Ok(extents), Err))),
         (Waiting::Hashes { hashes, answer }, refused) => drop(answer.send(refused.map_or(Ok(hashes), Err))),
+        (Waiting::Told { told, answer }, refused) => drop(answer.send(refused.map_or(Ok(told), Err))),
+        (Waiting::Changed { stretches, answer }, refused) => {
+            drop(answer.send(refused.map_or(Ok(stretches), Err)));
+        }
     }
     Ok(())
 }

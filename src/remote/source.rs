@@ -7,6 +7,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 use event_listener::Event;
 use futures_util::FutureExt;
 use futures_util::future::{Either, select, try_join_all};
+use uuid::Uuid;
 
 use super::dial::{DialError, Spare, Spares, dial, dial_first};
 use super::link::{Link, LinkError};
@@ -16,8 +17,22 @@ use super::stats::SourceStats;
 use super::{BACKOFF, BULK_LINKS, CONNECT_TIMEOUT, MIN_SILENCE, SHORT_LIFE, SILENCE, WATCH_PERIOD};
 use crate::engine::{ByteRange, Errno, Extent, FetchError, Lane};
 use crate::identity::{IdentityHasher, sample_ranges};
-use crate::nbd::{TransmissionFlags, Uri};
+use crate::nbd::{Ask, Standing, Told, TransmissionFlags, Uri};
 use crate::uring::{Task, sleep, spawn};
+
+/// Longest range that is asked about at once: what was written there.
+const CHANGED_BYTES: u64 = 2 << 30;
+
+/// Why a step of a handoff was not answered.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum HandOffError {
+    /// The connection is gone: it may have been done or not.
+    #[error("the connection to the source broke, so that it is not known whether it has given the disk; ask again")]
+    Lost,
+    /// It could not.
+    #[error("the source could not do it: {0}")]
+    Refused(Errno),
+}
 
 /// Why the source does not answer at the moment.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -45,7 +60,11 @@ pub struct Source {
 struct Shared {
     uri: Uri,
     stats: SourceStats,
-    identity: String,
+    identity: RefCell<String>,
+    /// What its disk must be when it comes back.
+    expect: Cell<Expect>,
+    /// How its disk stood when it was asked last.
+    standing: RefCell<Option<Standing>>,
     /// It is a blkferry export.
     is_ferry: bool,
     size_bytes: u64,
@@ -61,6 +80,22 @@ struct Shared {
     policy: LossPolicy,
     /// Nobody wants links any more.
     hung_up: Cell<bool>,
+}
+
+/// What a source must be when it comes back after a loss.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Expect {
+    /// The same contents.
+    Contents,
+    /// The same disk: it may still be written there.
+    Disk(Uuid),
+    /// The same contents, of a disk that still is given to us.
+    Gift {
+        /// Our own disk.
+        to: Uuid,
+        /// The epoch in which it was given.
+        epoch: u64,
+    },
 }
 
 /// How long to wait for a link.
@@ -92,12 +127,15 @@ impl Source {
         let size_bytes = link.session().size_bytes;
         let max_read_bytes = u64::from(link.session().max_payload_bytes());
         let is_ferry = link.session().ferry_identity.is_some();
+        let standing = link.session().standing.clone();
         let several = link.session().flags.contains(TransmissionFlags::CAN_MULTI_CONN);
         let slots = if several { 1 + BULK_LINKS } else { 1 };
         let shared = Rc::new(Shared {
             uri,
             stats,
-            identity,
+            identity: RefCell::new(identity),
+            expect: Cell::new(Expect::Contents),
+            standing: RefCell::new(standing),
             is_ferry,
             size_bytes,
             max_read_bytes,
@@ -163,8 +201,19 @@ impl Source {
     }
 
     /// What its contents are known by.
-    pub fn identity(&self) -> &str {
-        &self.shared.identity
+    pub fn identity(&self) -> String {
+        self.shared.identity.borrow().clone()
+    }
+
+    /// How its disk stood when it was asked last, if it can change hands.
+    pub fn standing(&self) -> Option<Standing> {
+        self.shared.standing.borrow().clone()
+    }
+
+    /// Sets what the source must be from now on, and what its contents are known by.
+    pub fn expect(&self, expect: Expect, identity: String) {
+        self.shared.expect.set(expect);
+        *self.shared.identity.borrow_mut() = identity;
     }
 
     /// Counters.
@@ -239,6 +288,36 @@ impl Source {
                 Err(LinkError::Lost) => {}
             }
         }
+    }
+
+    /// A step of a handoff. Not asked again if the connection breaks: whoever asks has to know.
+    pub async fn hand_off(&self, ask: &Ask) -> Result<Told, HandOffError> {
+        let Some(link) = self.shared.pick(Lane::Demand) else { return Err(HandOffError::Lost) };
+        link.hand_off(ask).await.map_err(|error| match error {
+            LinkError::Lost => HandOffError::Lost,
+            LinkError::Refused(errno) => HandOffError::Refused(errno),
+        })
+    }
+
+    /// What was written since the source's disk was made from its base: all of it, as lengths from the start on.
+    pub async fn changed(&self) -> Result<Vec<(u64, bool)>, HandOffError> {
+        let mut all: Vec<(u64, bool)> = Vec::new();
+        let mut at = 0;
+        while at < self.size_bytes() {
+            let Some(link) = self.shared.pick(Lane::Demand) else { return Err(HandOffError::Lost) };
+            let end = self.size_bytes().min(at + CHANGED_BYTES);
+            let told = link.changed(ByteRange { start: at, end }).await.map_err(|error| match error {
+                LinkError::Lost => HandOffError::Lost,
+                LinkError::Refused(errno) => HandOffError::Refused(errno),
+            })?;
+            let told_bytes: u64 = told.iter().map(|(len, _)| len).sum();
+            if told_bytes == 0 || told_bytes > end - at {
+                return Err(HandOffError::Refused(Errno::EIO));
+            }
+            at += told_bytes;
+            all.extend(told);
+        }
+        Ok(all)
     }
 
     /// Hashes of a range, a blkferry source's.
@@ -404,25 +483,43 @@ async fn reconnect(shared: &Shared, is_first: bool, spare: Option<Spare>) -> Res
         link.close();
         return Err(format!("source {}: it has {now} bytes now, {} before: refused", shared.uri, shared.size_bytes));
     }
-    // Samples cost bytes: when the links come up one after the other, those of a foreign server show them once.
-    let known = is_first && shared.stats.links() > 0 && link.session().ferry_identity.is_none();
-    if !known {
-        match identify_in_time(&link).await.unwrap_or(Err(LinkError::Lost)) {
-            Ok(identity) if identity == shared.identity => {}
-            Ok(identity) => {
-                link.close();
-                return Err(format!(
-                    "source {}: it is not the same disk any more, or was written to ({identity}, before {}): refused",
-                    shared.uri, shared.identity
-                ));
-            }
-            Err(_) => {
-                link.close();
-                return Err(format!("source {}: the connection broke while the disk was identified", shared.uri));
-            }
+    match check_disk(shared, &link, is_first).await {
+        Ok(()) => Ok(link),
+        Err(reason) => {
+            link.close();
+            Err(format!("source {}: {reason}", shared.uri))
         }
     }
-    Ok(link)
+}
+
+/// Is it still what it has to be?
+async fn check_disk(shared: &Shared, link: &Link, is_first: bool) -> Result<(), String> {
+    let standing = link.session().standing.clone();
+    shared.standing.borrow_mut().clone_from(&standing);
+    match (shared.expect.get(), standing) {
+        (Expect::Disk(disk), Some(now)) if now.disk == disk => return Ok(()),
+        (Expect::Disk(disk), _) => return Err(format!("it is not disk {disk} any more: refused")),
+        (Expect::Gift { to, epoch }, Some(now)) if now.given_to == Some(to) && now.epoch == epoch => {}
+        (Expect::Gift { epoch, .. }, now) => {
+            let now = now.map_or("unknown".into(), |now| now.epoch.to_string());
+            return Err(format!(
+                "the disk was given to us in epoch {epoch}, and was taken back there since (its epoch is {now}): refused"
+            ));
+        }
+        (Expect::Contents, _) => {}
+    }
+    // Samples cost bytes: when the links come up one after the other, those of a foreign server show them once.
+    if is_first && shared.stats.links() > 0 && link.session().ferry_identity.is_none() {
+        return Ok(());
+    }
+    let before = shared.identity.borrow().clone();
+    match identify_in_time(link).await.unwrap_or(Err(LinkError::Lost)) {
+        Ok(identity) if identity == before => Ok(()),
+        Ok(identity) => {
+            Err(format!("it is not the same disk any more, or was written to ({identity}, before {before}): refused"))
+        }
+        Err(_) => Err("the connection broke while the disk was identified".into()),
+    }
 }
 
 /// Up to half of a pause, so that many clients of one source do not return in step.
