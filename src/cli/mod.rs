@@ -12,6 +12,7 @@ mod export;
 mod generate;
 mod launch;
 mod list;
+mod reclaim;
 mod recover;
 mod set;
 mod status;
@@ -56,6 +57,7 @@ enum Verb {
     Detach(detach::Args),
     Verify(verify::Args),
     Recover(recover::Args),
+    Reclaim(reclaim::Args),
     #[command(hide = true)]
     Generate(generate::Args),
 }
@@ -73,6 +75,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Verb::Detach(args) => detach::run(args),
         Verb::Verify(args) => verify::run(args),
         Verb::Recover(args) => recover::run(args, cli.verbose),
+        Verb::Reclaim(args) => reclaim::run(args),
         Verb::Generate(args) => generate::run(args),
     }
 }
