@@ -7,6 +7,7 @@ mod common;
 #[path = "../common/client.rs"]
 mod client;
 mod image;
+mod onward;
 
 use serde_json::{Value, json};
 
