@@ -1,14 +1,17 @@
 //! The disk between hosts: taking it over from the source, and giving it to the next host. Carries out what the rules
 //! of [`crate::handoff`] decide; one step at a time.
 
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
-use crate::cache::{CacheState, Gift, Superblock};
+use crate::cache::{CacheState, DataFile, Gift, Superblock};
 use crate::control::{HandoffStatus, Taken};
 use crate::device::{Core, Phase, SourceSide};
+use crate::engine::{BlockRun, Geometry};
+use crate::export::Home;
 use crate::handoff::{Deed, Move, Right, Step, Taker};
 use crate::nbd::{Ask, Base, HANDOFF_VERSION, NbdError, Standing, Told};
 use crate::remote::{Expect, HandOffError};
@@ -40,6 +43,14 @@ struct State {
     dirty_exact: bool,
     released: bool,
     export: Option<String>,
+    landing: Option<Landing>,
+}
+
+/// The image that the disk comes home to.
+pub(super) struct Landing {
+    pub(super) home: Home,
+    pub(super) data: DataFile,
+    pub(super) path: PathBuf,
 }
 
 /// See the module's page.
@@ -96,6 +107,7 @@ impl Hands {
             dirty_exact: superblock.dirty_exact,
             released: false,
             export: None,
+            landing: None,
         };
         Self { name, core, source, me, state: Mutex::new(state) }
     }
@@ -124,6 +136,11 @@ impl Hands {
             released: state.released,
             export: state.export.clone(),
         }
+    }
+
+    /// The disk comes home: what was not written since is in this image.
+    pub(super) fn set_landing(&self, landing: Landing) {
+        self.lock().landing = Some(landing);
     }
 
     pub(super) fn set_export(&self, uri: Option<String>) {
@@ -197,6 +214,8 @@ impl Hands {
         let mut state = self.lock();
         let taken = self.take_locked(&mut state, wait)?;
         let Some(Granted { epoch, identity }) = state.granted.clone() else { return Ok(taken) };
+        // The source is frozen: what it says now stays true.
+        let kept = state.landing.as_ref().map(|_| self.kept()).transpose()?;
         let gift = state.gift.map(|gift| Gift { epoch, ..gift });
         let known_by = identity.clone();
         self.record(move |s| {
@@ -210,6 +229,16 @@ impl Hands {
         if let Some(identity) = identity {
             self.source.expect(Expect::Gift { to: self.me, epoch }, identity);
         }
+        if let Some(landing) = state.landing.take()
+            && let Err(why) = land(landing)
+        {
+            // It is ours by what is on record, so that another attach goes on from here.
+            let why = format!("the disk has come home, but {why}; attach it again");
+            self.core.health.set_failed(why.clone());
+            return Err(format!("{}: {why}", self.name));
+        }
+        // Not before it is on record that the disk is ours: until then the source might go on writing it.
+        kept.iter().for_each(|runs| self.core.adopt(runs));
         state.granted = None;
         state.right = Right::Active;
         state.deed = Deed { disk: self.me, epoch, given_to: None };
@@ -218,6 +247,14 @@ impl Hands {
         self.core.hydration.wake();
         log::info!("active in epoch {epoch}: the disk is here");
         Ok(Taken { already: false, ..taken })
+    }
+
+    /// The blocks that were not written at the source since it had the disk from here.
+    fn kept(&self) -> Result<Vec<BlockRun>, String> {
+        let changed = self.source.changed(ANSWER_MARGIN);
+        let changed =
+            changed.map_err(|e| format!("{}: what was written at the source is not known: {e}", self.name))?;
+        Ok(kept_blocks(&changed, self.core.geometry()))
     }
 
     /// Gives back what was taken; the device stays in standby.
@@ -269,6 +306,29 @@ impl Hands {
             )),
         }
     }
+}
+
+/// Opens the image for writing. What is on record elsewhere already is cleared up here.
+fn land(mut landing: Landing) -> Result<(), String> {
+    landing.home.open().map_err(|e| e.to_string())?;
+    landing.data.come_home(&landing.path).map_err(|e| e.to_string())
+}
+
+/// The whole blocks in what was not written, of stretches from the start of the disk on.
+fn kept_blocks(stretches: &[(u64, bool)], geometry: Geometry) -> Vec<BlockRun> {
+    let (block_bytes, size_bytes) = (geometry.block_bytes(), geometry.size_bytes());
+    let mut at = 0;
+    let mut runs = Vec::new();
+    for &(len_bytes, written) in stretches {
+        let (start, end) = (at, at + len_bytes);
+        at = end;
+        let first = start.div_ceil(block_bytes);
+        let last = if end == size_bytes { geometry.blocks() } else { end / block_bytes };
+        if !written && first < last {
+            runs.push(BlockRun::new(first, last));
+        }
+    }
+    runs
 }
 
 impl crate::frontend::Owner for Hands {
@@ -333,5 +393,19 @@ impl crate::frontend::Owner for Hands {
                 Ok(Told::Back { epoch: state.deed.epoch })
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_blocks_are_kept() {
+        let geometry = Geometry::new(5 * 8192 + 512, 8192).unwrap();
+        let stretches = [(4096, false), (4096, true), (3 * 8192 + 512, false), (8192 - 512, true), (512, false)];
+        assert_eq!(kept_blocks(&stretches, geometry), [BlockRun::new(1, 4), BlockRun::new(5, 6)]);
+        assert_eq!(kept_blocks(&[(5 * 8192 + 512, false)], geometry), [BlockRun::new(0, 6)]);
+        assert_eq!(kept_blocks(&[], geometry), []);
     }
 }

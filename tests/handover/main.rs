@@ -4,6 +4,7 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod back;
 #[path = "../common/client.rs"]
 mod client;
 mod image;
