@@ -1,19 +1,14 @@
-//! The disk between hosts: taking it over from the source, and giving it to the next host. Carries out what the rules
-//! of [`crate::handoff`] decide; one step at a time.
+//! Taking the disk over from the source.
 
-use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
-use uuid::Uuid;
-
-use crate::cache::{CacheState, DataFile, Gift, Superblock};
-use crate::control::{HandoffStatus, Taken};
-use crate::device::{Core, Phase, SourceSide};
+use super::{Granted, Hands, Landing, State};
+use crate::cache::{CacheState, Gift};
+use crate::control::Taken;
+use crate::device::Phase;
 use crate::engine::{BlockRun, Geometry};
-use crate::export::Home;
-use crate::handoff::{Deed, Move, Right, Step, Taker};
-use crate::nbd::{Ask, Base, HANDOFF_VERSION, NbdError, Standing, Told};
+use crate::handoff::{Deed, Right, Step, Taker};
+use crate::nbd::{Ask, Told};
 use crate::remote::{Expect, HandOffError};
 
 /// Pause before the source is asked again.
@@ -22,139 +17,10 @@ const RETRY_PAUSE: Duration = Duration::from_millis(20);
 const ANSWER_MARGIN: Duration = Duration::from_secs(15);
 /// Answers that only correct what we know, one after the other.
 const MAX_CORRECTIONS: u32 = 4;
-/// Longest wait for requests under way when the disk is given away.
-const MAX_DRAIN: Duration = Duration::from_secs(10);
-
-/// What the source gave, and what is not on record here yet.
-#[derive(Clone, Debug)]
-struct Granted {
-    epoch: u64,
-    identity: Option<String>,
-}
-
-struct State {
-    right: Right,
-    /// Of a source that can give its disk away.
-    taker: Option<Taker>,
-    granted: Option<Granted>,
-    /// Our own disk's, once it is ours.
-    deed: Deed,
-    gift: Option<Gift>,
-    dirty_exact: bool,
-    released: bool,
-    export: Option<String>,
-    landing: Option<Landing>,
-}
-
-/// The image that the disk comes home to.
-pub(super) struct Landing {
-    pub(super) home: Home,
-    pub(super) data: DataFile,
-    pub(super) path: PathBuf,
-}
-
-/// See the module's page.
-pub(super) struct Hands {
-    name: String,
-    core: Arc<Core>,
-    source: SourceSide,
-    me: Uuid,
-    state: Mutex<State>,
-}
-
-/// Is the disk ours by what is on record?
-pub(super) fn right_of(superblock: &Superblock) -> Right {
-    match superblock.state {
-        CacheState::Standby => Right::Standby,
-        CacheState::Declined => Right::Declined,
-        CacheState::Active | CacheState::Complete | CacheState::Away => Right::Active,
-    }
-}
-
-/// How the gate stands when a cache is opened.
-pub(super) fn phase_of(superblock: &Superblock) -> Phase {
-    match superblock.state {
-        CacheState::Standby | CacheState::Declined => Phase::Standby,
-        CacheState::Active | CacheState::Complete => Phase::Active,
-        CacheState::Away => Phase::Away,
-    }
-}
-
-/// What the contents of a device are known by: nobody but we write it, and not in an epoch in which it is away.
-fn identity_of(deed: &Deed) -> String {
-    format!("device:{}:{}", deed.disk, deed.epoch)
-}
 
 impl Hands {
-    pub(super) fn new(
-        name: String,
-        core: Arc<Core>,
-        source: SourceSide,
-        superblock: &Superblock,
-        standing: Option<&Standing>,
-    ) -> Self {
-        let (me, right) = (superblock.uuid, right_of(superblock));
-        let taker = superblock.gift.map(|gift| {
-            let taker = Taker { me, disk: gift.disk, right, floor: superblock.floor, epoch: gift.epoch + 1 };
-            standing.map_or(taker, |standing| taker.seen(standing))
-        });
-        let state = State {
-            right,
-            taker,
-            granted: None,
-            deed: Deed { disk: me, epoch: superblock.epoch, given_to: superblock.given_to },
-            gift: superblock.gift,
-            dirty_exact: superblock.dirty_exact,
-            released: false,
-            export: None,
-            landing: None,
-        };
-        Self { name, core, source, me, state: Mutex::new(state) }
-    }
-
-    /// Is it in standby?
-    pub(super) fn waits(&self) -> bool {
-        self.lock().right == Right::Standby
-    }
-
-    /// As if the guest had written.
-    pub(super) fn ring(&self) {
-        self.core.gate.ring();
-    }
-
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    pub(super) fn status(&self) -> HandoffStatus {
-        let state = self.lock();
-        HandoffStatus {
-            disk: self.me.to_string(),
-            epoch: state.deed.epoch,
-            source_disk: state.taker.map(|taker| taker.disk.to_string()),
-            given_to: state.deed.given_to.map(|to| to.to_string()),
-            released: state.released,
-            export: state.export.clone(),
-        }
-    }
-
-    /// The disk comes home: what was not written since is in this image.
-    pub(super) fn set_landing(&self, landing: Landing) {
-        self.lock().landing = Some(landing);
-    }
-
-    pub(super) fn set_export(&self, uri: Option<String>) {
-        self.lock().export = uri;
-    }
-
-    fn record(&self, change: impl FnOnce(&mut Superblock) + Send + 'static) -> Result<(), String> {
-        self.core.record(change).map_err(|e| format!("{}: the metadata cannot be written: {e}", self.name))
-    }
-
-    // ---- from the source -----------------------------------------------------------------------------
-
     /// Gets the disk from the source. Nothing changes here yet.
-    pub(super) fn take(&self, wait: Duration) -> Result<Taken, String> {
+    pub(in crate::daemon) fn take(&self, wait: Duration) -> Result<Taken, String> {
         self.take_locked(&mut self.lock(), wait)
     }
 
@@ -210,7 +76,7 @@ impl Hands {
     }
 
     /// Gets the disk from the source, if that was not done, and lets the guest write.
-    pub(super) fn activate(&self, wait: Duration) -> Result<Taken, String> {
+    pub(in crate::daemon) fn activate(&self, wait: Duration) -> Result<Taken, String> {
         let mut state = self.lock();
         let taken = self.take_locked(&mut state, wait)?;
         let Some(Granted { epoch, identity }) = state.granted.clone() else { return Ok(taken) };
@@ -258,7 +124,7 @@ impl Hands {
     }
 
     /// Gives back what was taken; the device stays in standby.
-    pub(super) fn call_off(&self) -> Result<(), String> {
+    pub(in crate::daemon) fn call_off(&self) -> Result<(), String> {
         let mut state = self.lock();
         if state.right == Right::Active {
             return Err(self.too_late());
@@ -267,7 +133,7 @@ impl Hands {
     }
 
     /// Gives back what was taken; the device will never be active.
-    pub(super) fn abort(&self) -> Result<(), String> {
+    pub(in crate::daemon) fn abort(&self) -> Result<(), String> {
         let mut state = self.lock();
         if state.right == Right::Active {
             return Err(self.too_late());
@@ -329,71 +195,6 @@ fn kept_blocks(stretches: &[(u64, bool)], geometry: Geometry) -> Vec<BlockRun> {
         }
     }
     runs
-}
-
-impl crate::frontend::Owner for Hands {
-    fn standing(&self) -> Option<Standing> {
-        let state = self.lock();
-        let Deed { disk, epoch, given_to } = state.deed;
-        let base = state.gift.filter(|gift| gift.epoch > 0 && state.dirty_exact && self.core.health.is_complete());
-        let base = base.map(|gift| Base { disk: gift.disk, epoch: gift.epoch });
-        (state.right == Right::Active).then_some(Standing { version: HANDOFF_VERSION, disk, epoch, given_to, base })
-    }
-
-    fn identity(&self) -> String {
-        identity_of(&self.lock().deed)
-    }
-
-    fn hand_off(&self, ask: &Ask) -> Result<Told, NbdError> {
-        let mut state = self.lock();
-        let epoch = state.deed.epoch;
-        let no = |why: String, later| Ok(Told::No { why, epoch, later });
-        if state.right != Right::Active {
-            return no("the device is in standby itself".into(), false);
-        }
-        if let Some(reason) = self.core.health.failed() {
-            return no(format!("the device has failed: {reason}"), false);
-        }
-        match state.deed.on(ask) {
-            Move::Say(told) => Ok(told),
-            Move::Retire => {
-                state.released = true;
-                log::info!("whoever has the disk now has all of it: this device is not needed any more");
-                Ok(Told::Noted)
-            }
-            Move::Give(deed) => {
-                let wait_ms = if let Ask::Take { wait_ms, .. } = ask { *wait_ms } else { 0 };
-                if deed != state.deed {
-                    if let Err(inside) = self.core.gate.freeze(Duration::from_millis(wait_ms).min(MAX_DRAIN)) {
-                        return no(format!("{inside} writes of its guest are still under way"), true);
-                    }
-                    let on_record = deed.clone();
-                    let recorded = self.record(move |s| {
-                        (s.state, s.epoch, s.given_to) = (CacheState::Away, on_record.epoch, on_record.given_to);
-                    });
-                    // If it could not be recorded the device has failed, and nobody writes to it any more.
-                    recorded.map_err(|_| NbdError::Io)?;
-                    self.core.gate.set(Phase::Away);
-                    log::info!("given to {} in epoch {}", deed.given_to.unwrap_or_default(), deed.epoch);
-                    state.deed = deed;
-                }
-                Ok(Told::Given { epoch: state.deed.epoch, identity: identity_of(&state.deed) })
-            }
-            Move::TakeBack(deed) => {
-                let complete = self.core.health.is_complete();
-                let on_record = deed.clone();
-                let recorded = self.record(move |s| {
-                    s.state = if complete { CacheState::Complete } else { CacheState::Active };
-                    (s.epoch, s.given_to) = (on_record.epoch, None);
-                });
-                recorded.map_err(|_| NbdError::Io)?;
-                state.deed = deed;
-                self.core.gate.set(Phase::Active);
-                log::info!("called off: the disk is here in epoch {}", state.deed.epoch);
-                Ok(Told::Back { epoch: state.deed.epoch })
-            }
-        }
-    }
 }
 
 #[cfg(test)]
