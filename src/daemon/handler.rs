@@ -114,7 +114,22 @@ impl DaemonHandler {
         self.snapshot()
     }
 
+    /// Would somebody miss the device, or miss what is not here?
+    pub(super) fn is_needed(&self) -> bool {
+        match self.core.gate.phase() {
+            Phase::Away => !self.hands.is_released(),
+            _ => !self.core.health.is_complete() && self.core.maps().absent_count() > 0,
+        }
+    }
+
     pub(super) fn why_not_detached(&self) -> String {
+        if self.core.gate.phase() == Phase::Away {
+            let name = &self.device.name;
+            return format!(
+                "{name} was given to the next host, which has not said yet that it has everything: it fetches from here. \
+                 Wait, or end it with --incomplete if that host does not need it any more"
+            );
+        }
         if let Some(reason) = self.core.health.failed() {
             let name = &self.device.name;
             return format!(
@@ -151,7 +166,8 @@ impl DaemonHandler {
             name: self.device.name.clone(),
             state: self.state(),
             failure: health.failed(),
-            source_needed: !health.is_complete(),
+            source_needed: !(health.is_complete()
+                || (self.core.gate.phase() == Phase::Away && self.hands.is_released())),
             handoff: self.hands.status(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),

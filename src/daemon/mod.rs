@@ -168,6 +168,12 @@ pub enum DaemonError {
     /// The last commit failed.
     #[error("the cache was not left in order: {0}; what was not flushed before may be lost")]
     Unclean(#[source] io::Error),
+    /// A blkferry export that gives nothing away.
+    #[error(
+        "source {0} is a blkferry export that does not let its disk change hosts, so that there is nothing to stand by \
+         for; start it with `export --handoff`, or leave --standby out"
+    )]
+    NoHandoff(Uri),
     /// Not an image that this disk can come home to.
     #[error(transparent)]
     Home(#[from] HomeError),
@@ -309,7 +315,7 @@ struct Daemon {
 impl Daemon {
     /// Without standby the disk is taken over at once; on failure all is as it was.
     fn take_over(self, options: &DaemonOptions) -> Result<Self, DaemonError> {
-        if options.standby.is_some() || !self.hands.waits() {
+        if options.standby.is_some() || self.hands.is_ours() {
             return Ok(self);
         }
         match self.hands.activate(TAKE_PATIENCE) {
@@ -380,7 +386,7 @@ impl Daemon {
                     return result.map(|()| End::Gone);
                 }
                 Ok(Wish::Detach { incomplete, answer, answered }) => {
-                    if !incomplete && !self.core.health.is_complete() && self.core.maps().absent_count() > 0 {
+                    if !incomplete && self.handler.is_needed() {
                         // Whoever asked waits for this.
                         let _ = answer.send(Err(self.handler.why_not_detached()));
                         continue;

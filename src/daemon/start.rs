@@ -186,6 +186,9 @@ fn start_on(
         logical_bytes(facts.size_bytes, unit)
     })?;
     let standing = hello.as_ref().and_then(|hello| hello.standing.as_ref());
+    if options.standby.is_some() && standing.is_none() && hello.as_ref().is_some_and(|hello| hello.sends_holes) {
+        return Err(DaemonError::NoHandoff(options.source.clone()));
+    }
     let home = home_of(&places.data, known.as_ref(), standing)?;
     let cache = Cache::open(
         &CacheOptions {

@@ -19,6 +19,8 @@ const MAX_HASHED_BYTES: u64 = 64 << 20;
 pub struct ExportDisk {
     image: Image,
     giver: Option<Arc<Giver>>,
+    /// One step at a time, however many are asked for: each has a thread.
+    handing_off: async_lock::Mutex<()>,
     info: RefCell<ExportInfo>,
 }
 
@@ -43,7 +45,7 @@ impl ExportDisk {
             identity: Some(identity),
             standing: None,
         };
-        Ok(Self { image, giver, info: RefCell::new(info) })
+        Ok(Self { image, giver, handing_off: async_lock::Mutex::new(()), info: RefCell::new(info) })
     }
 
     async fn read_bytes(&self, range: ByteRange) -> Result<Vec<u8>, NbdError> {
@@ -88,6 +90,7 @@ impl Disk for ExportDisk {
 
     async fn hand_off(&self, ask: Ask) -> Result<Told, NbdError> {
         let giver = self.giver.clone().ok_or(NbdError::NotSup)?;
+        let _turn = self.handing_off.lock().await;
         giver.hand_off(self.image.clone(), ask).await
     }
 

@@ -68,7 +68,7 @@ impl Onward {
             let serve = async move {
                 let queue = Queue::new(core, queue, cache);
                 let _worker = spawn(queue.clone().run());
-                serve(Rc::new(OnwardDisk { queue, name, owner }), heard).await;
+                serve(Rc::new(OnwardDisk { queue, name, owner, handing_off: async_lock::Mutex::new(()) }), heard).await;
             };
             reactor.block_on(serve).expect("a ring that worked goes on working");
         };
@@ -118,6 +118,8 @@ struct OnwardDisk {
     queue: Rc<Queue>,
     name: String,
     owner: Arc<dyn Owner>,
+    /// One step at a time, however many are asked for: each has a thread.
+    handing_off: async_lock::Mutex<()>,
 }
 
 fn nbd_error(errno: Errno) -> NbdError {
@@ -187,6 +189,7 @@ impl Disk for OnwardDisk {
     }
 
     async fn hand_off(&self, ask: Ask) -> Result<Told, NbdError> {
+        let _turn = self.handing_off.lock().await;
         // It may wait for the guest's requests and for the disk.
         let (answer, told) = oneshot::channel();
         let owner = self.owner.clone();

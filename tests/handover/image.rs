@@ -271,3 +271,58 @@ fn the_lock_is_held_while_the_image_is_away() {
     device.wait_complete();
     assert_same(&image, &world.path("b.raw"));
 }
+
+#[test]
+fn a_source_that_gives_nothing_away() {
+    let world = World::new();
+    let (image, cache) = (world.path("a.raw"), world.path("b.raw"));
+    make_image(&image, SIZE, &[(0, SIZE)]);
+    let export = world.export(&image);
+    let cache_name = cache.to_str().unwrap();
+    let refused = world.refused(["attach", &export.uri, cache_name, "--name", "b", "--standby"]);
+    assert!(refused.contains("--handoff"), "{refused}");
+    assert!(!cache.exists());
+    drop(export);
+
+    // A foreign server cannot be asked; whoever activates is told what to see to.
+    let socket = world.path("foreign.sock");
+    let mut server = Command::new("qemu-nbd");
+    server.args(["--format=raw", "--persistent", "--shared=8", "--read-only", "--socket"]).arg(&socket).arg(&image);
+    let _server = User(server.stdin(Stdio::null()).spawn().unwrap());
+    crate::common::wait_for_socket(&socket);
+    let uri = format!("nbd+unix:///?socket={}", socket.display());
+    let device = world.attach(&uri, &cache, "b", &["--standby"]);
+    OpenOptions::new().write(true).open(&image).unwrap().write_all_at(&[7; 4096], 0).unwrap();
+    let taken = activate(&device).unwrap();
+    assert!(taken["warning"].as_str().unwrap().contains("nobody writes"), "{taken}");
+    let mut guest = Client::connect(&device.uri);
+    assert_eq!(guest.read(0, 4096), [7; 4096]);
+    guest.write(4096, &[8; 4096]);
+    device.wait_complete();
+}
+
+#[test]
+fn a_device_that_was_aborted_is_never_active() {
+    let world = World::new();
+    let (image, cache) = (world.path("a.raw"), world.path("b.raw"));
+    make_image(&image, SIZE, &[(0, SIZE)]);
+    let _loosened = Loosened(&image);
+    let export = hand_out(&world, &image);
+    let uri = export.uri.clone();
+    let device = world.attach(&uri, &cache, "b", &["--standby"]);
+    control(&device, &json!({ "do": "take", "wait_ms": 0 })).unwrap();
+    // The source cannot be told.
+    export.stop();
+    let said = control(&device, &json!({ "do": "abort" })).unwrap_err();
+    assert!(said.contains("reclaim --force"), "{said}");
+    assert!(activate(&device).unwrap_err().contains("was aborted"));
+    kill(device.pid, Signal::SIGKILL);
+    let socket = uri.split_once("socket=").unwrap().1.to_owned();
+    let _export = world.export_with(&image, &format!("unix:{socket}"), &["--handoff"]);
+    let refused = world.refused(["attach", &uri, cache.to_str().unwrap(), "--name", "b"]);
+    assert!(refused.contains("was aborted"), "{refused}");
+    let device = world.attach(&uri, &cache, "b", &["--standby"]);
+    control(&device, &json!({ "do": "abort" })).unwrap();
+    assert!(can_be_written(&image));
+    assert!(!cache.exists());
+}

@@ -37,6 +37,8 @@ fn three_hosts_in_a_row() {
     assert_eq!(at_b.try_write(0, &[3; 4096]), Err(blkferry::nbd::NbdError::Perm));
     assert_eq!(at_b.read(0, 4096), [2; 4096]);
     at_c.write(3 << 20, &[4; 4096]);
+    let refused = world.refused(["detach", "b"]);
+    assert!(refused.contains("fetches from here"), "{refused}");
     c.wait_complete();
 
     // Each block crossed each wire at most once, but for what was read in standby and not kept.
@@ -50,6 +52,8 @@ fn three_hosts_in_a_row() {
     wanted[3 << 20..(3 << 20) + 4096].fill(4);
     drop((at_b, at_c));
     c.detach();
+    assert_eq!(b.status()["source_needed"], false);
+    b.detach();
     assert!(std::fs::read(world.path("c.raw")).unwrap() == wanted);
 }
 

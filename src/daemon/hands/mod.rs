@@ -103,6 +103,16 @@ impl Hands {
         self.lock().right == Right::Standby
     }
 
+    /// Was the disk given to us, whatever became of it since?
+    pub(super) fn is_ours(&self) -> bool {
+        self.lock().right == Right::Active
+    }
+
+    /// Of a disk that was given away: does whoever has it have all of it?
+    pub(super) fn is_released(&self) -> bool {
+        self.lock().released
+    }
+
     /// As if the guest had written.
     pub(super) fn ring(&self) {
         self.core.gate.ring();

@@ -83,18 +83,20 @@ impl Hands {
         // The source is frozen: what it says now stays true.
         let kept = state.landing.as_ref().map(|_| self.kept()).transpose()?;
         let gift = state.gift.map(|gift| Gift { epoch, ..gift });
+        let identity = match identity {
+            Some(identity) => identity,
+            // It may have been written to until now.
+            None => self.source.identify(ANSWER_MARGIN).map_err(|e| format!("{}: {e}", self.name))?,
+        };
         let known_by = identity.clone();
         self.record(move |s| {
             s.state = CacheState::Active;
             s.epoch = epoch;
             s.gift = gift;
-            if let Some(identity) = known_by {
-                s.source_identity = identity;
-            }
+            s.source_identity = known_by;
         })?;
-        if let Some(identity) = identity {
-            self.source.expect(Expect::Gift { to: self.me, epoch }, identity);
-        }
+        let expected = if gift.is_some() { Expect::Gift { to: self.me, epoch } } else { Expect::Contents };
+        self.source.expect(expected, identity);
         if let Some(landing) = state.landing.take()
             && let Err(why) = land(landing)
         {
