@@ -21,6 +21,7 @@ class Bench:
 
     def __init__(self, args):
         self.work = Path(args.work)
+        self.disk = Path(args.disk)
         self.repo = Path(args.repo)
         self.programs = Path(args.programs).resolve()
         self.rublk = Path(args.rublk)
@@ -30,11 +31,18 @@ class Bench:
         # nbdkit's cow filter keeps what it copies there.
         os.environ["TMPDIR"] = str(self.work)
         self.number = 0
+        self.update = args.update
+        # What went beyond a committed limit, in words.
+        self.failed = []
 
     def path(self, stem):
         """A new name in the work directory."""
         self.number += 1
         return self.work / f"{stem}{self.number}"
+
+    def on_disk(self, name):
+        """A name in a directory that is not in memory."""
+        return self.disk / name
 
     def noise(self, mib):
         """A file of random bytes: nothing in it can be left out."""
