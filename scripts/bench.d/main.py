@@ -9,6 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import busy
 import demand
 import hostile
 import hydrate
@@ -20,7 +21,7 @@ import ublk
 import writes
 from tools import Bench, run
 
-COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, hostile, size, instructions, ublk)}
+COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, busy, hostile, size, instructions, ublk)}
 
 
 def machine():

@@ -118,10 +118,16 @@ class Relay:
         self.process = process
         self.address = process.stdout.readline().strip()
 
-    def bytes_to_client(self):
+    def counts(self):
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline().split()[1])
+        return [int(count) for count in self.process.stdout.readline().split()]
+
+    def bytes_to_server(self):
+        return self.counts()[0]
+
+    def bytes_to_client(self):
+        return self.counts()[1]
 
 
 @contextlib.contextmanager
