@@ -9,6 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import boot
 import busy
 import demand
 import hostile
@@ -21,7 +22,7 @@ import ublk
 import writes
 from tools import Bench, run
 
-COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, busy, hostile, size, instructions, ublk)}
+COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, busy, hostile, size, instructions, boot, ublk)}
 
 
 def machine():
