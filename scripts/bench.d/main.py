@@ -17,6 +17,7 @@ import hydrate
 import instructions
 import local
 import loopback
+import plot
 import size
 import ublk
 import writes
@@ -105,6 +106,9 @@ def main():
         result["components"][name] = tables
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"\nwritten to {out.relative_to(bench.repo)}")
+    picture = out.with_suffix(".svg")
+    if plot.draw(result, picture):
+        print(f"drawn in {picture.relative_to(bench.repo)}")
     if bench.failed:
         raise SystemExit(f"bench: {'; '.join(bench.failed)}")
 
