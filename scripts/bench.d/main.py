@@ -11,6 +11,7 @@ from pathlib import Path
 
 import boot
 import busy
+import clone
 import demand
 import hostile
 import hydrate
@@ -23,7 +24,7 @@ import ublk
 import writes
 from tools import Bench, run
 
-COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, busy, hostile, size, instructions, boot, ublk)}
+COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, busy, hostile, size, instructions, boot, ublk, clone)}
 
 
 def machine():
