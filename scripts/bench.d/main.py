@@ -9,16 +9,22 @@ import re
 import subprocess
 from pathlib import Path
 
+import boot
+import busy
+import clone
 import demand
 import hostile
 import hydrate
+import instructions
 import local
 import loopback
+import plot
+import size
 import ublk
 import writes
 from tools import Bench, run
 
-COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, hostile, ublk)}
+COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, busy, hostile, size, instructions, boot, ublk, clone)}
 
 
 def machine():
@@ -69,7 +75,8 @@ def main():
     parser.add_argument("--quick", action="store_true")
     parser.add_argument("--rounds", type=int)
     parser.add_argument("--label")
-    for name in ("--work", "--repo", "--programs", "--rublk"):
+    parser.add_argument("--update", action="store_true")
+    for name in ("--work", "--disk", "--repo", "--programs", "--rublk"):
         parser.add_argument(name, required=True)
     parser.add_argument("components", nargs="+")
     args = parser.parse_args()
@@ -100,6 +107,11 @@ def main():
         result["components"][name] = tables
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"\nwritten to {out.relative_to(bench.repo)}")
+    picture = out.with_suffix(".svg")
+    if plot.draw(result, picture):
+        print(f"drawn in {picture.relative_to(bench.repo)}")
+    if bench.failed:
+        raise SystemExit(f"bench: {'; '.join(bench.failed)}")
 
 
 main()

@@ -21,6 +21,7 @@ class Bench:
 
     def __init__(self, args):
         self.work = Path(args.work)
+        self.disk = Path(args.disk)
         self.repo = Path(args.repo)
         self.programs = Path(args.programs).resolve()
         self.rublk = Path(args.rublk)
@@ -30,11 +31,18 @@ class Bench:
         # nbdkit's cow filter keeps what it copies there.
         os.environ["TMPDIR"] = str(self.work)
         self.number = 0
+        self.update = args.update
+        # What went beyond a committed limit, in words.
+        self.failed = []
 
     def path(self, stem):
         """A new name in the work directory."""
         self.number += 1
         return self.work / f"{stem}{self.number}"
+
+    def on_disk(self, name):
+        """A name in a directory that is not in memory."""
+        return self.disk / name
 
     def noise(self, mib):
         """A file of random bytes: nothing in it can be left out."""
@@ -110,10 +118,16 @@ class Relay:
         self.process = process
         self.address = process.stdout.readline().strip()
 
-    def bytes_to_client(self):
+    def counts(self):
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline().split()[1])
+        return [int(count) for count in self.process.stdout.readline().split()]
+
+    def bytes_to_server(self):
+        return self.counts()[0]
+
+    def bytes_to_client(self):
+        return self.counts()[1]
 
 
 @contextlib.contextmanager

@@ -47,16 +47,25 @@ impl Step {
     }
 }
 
+/// Map pages that a commit holds in memory at a time: 2 MiB. On a disk of terabytes a second can change many more.
+const BATCH_PAGES: usize = 512;
+
 enum Todo {
     SyncData,
     /// The page of this index.
     Write(usize),
+    /// Take the next pages.
+    TakeMore,
     SyncMetadata,
 }
 
-/// A commit that has begun: the pages that it took, and what is still to be done, in order.
+/// A commit that has begun: the pages that it took last, and what is still to be done, in order.
 pub struct Commit {
     pages: Vec<PageImage>,
+    /// Where the pages begin that it has not looked at.
+    next_page: u64,
+    /// How many it took so far.
+    taken: u64,
     todo: VecDeque<Todo>,
 }
 
@@ -88,6 +97,7 @@ pub struct Committer {
     /// Is the newest copy of each page, as it was found, durable? A daemon that was killed may have written it
     /// and not synced it: this process reads it, but a power cut would leave the older copy, perhaps torn.
     found_is_durable: bool,
+    batch_pages: usize,
     #[cfg(feature = "planted-faults")]
     fault: Option<PlantedFault>,
 }
@@ -100,9 +110,15 @@ impl Committer {
             superblock_newest: recovered.superblock_newest,
             newest: recovered.newest.clone(),
             found_is_durable: false,
+            batch_pages: BATCH_PAGES,
             #[cfg(feature = "planted-faults")]
             fault: None,
         }
+    }
+
+    /// Takes so many pages at a time from now on. For tests, whose disks have few.
+    pub fn set_batch_pages(&mut self, pages: usize) {
+        self.batch_pages = pages.max(1);
     }
 
     /// Breaks it, for the tests of the tests.
@@ -115,7 +131,7 @@ impl Committer {
     /// Makes everything acknowledged before this call durable: data, and the bits that say so (I1, I2).
     pub fn commit(&mut self, maps: &Maps, disk: &mut impl Durable) -> io::Result<CommitReport> {
         let mut commit = self.begin(maps);
-        let result = self.carry_on(&mut commit, disk);
+        let result = self.carry_on(&mut commit, maps, disk);
         match &result {
             Ok(_) => maps.committed(),
             Err(_) => maps.commit_failed(),
@@ -123,11 +139,11 @@ impl Committer {
         result
     }
 
-    fn carry_on(&mut self, commit: &mut Commit, disk: &mut impl Durable) -> io::Result<CommitReport> {
-        while let Some(step) = self.next_step(commit) {
+    fn carry_on(&mut self, commit: &mut Commit, maps: &Maps, disk: &mut impl Durable) -> io::Result<CommitReport> {
+        while let Some(step) = self.next_step(commit, maps) {
             step.carry_out(disk)?;
         }
-        Ok(CommitReport { pages: commit.pages.len() as u64 })
+        Ok(CommitReport { pages: commit.taken })
     }
 
     /// Begins a commit, for whoever carries out its steps one by one. The order of the steps is the protocol:
@@ -140,30 +156,49 @@ impl Committer {
     ///    commit of a process syncs the metadata before: what it found may not be on the disk yet.)
     /// 4. Sync the metadata. Only after that is a flush answered.
     ///
+    /// If many pages have changed, steps 1 to 3 are done for some of them after the other, in ascending order, so that
+    /// memory stays bounded (I10): each batch is taken before the sync of the data that is to cover it.
+    ///
     /// An error anywhere is final for the device: after a failed fdatasync the kernel may have dropped
     /// what it could not write, and a retry would succeed without it.
     pub fn begin(&mut self, maps: &Maps) -> Commit {
-        let pages = maps.take_changed();
-        let mut todo = VecDeque::from([Todo::SyncData]);
-        if !pages.is_empty() {
-            if !self.found_is_durable {
-                todo.push_back(Todo::SyncMetadata);
-            }
-            todo.extend((0..pages.len()).map(Todo::Write));
-            todo.push_back(Todo::SyncMetadata);
+        let mut commit = Commit { pages: Vec::new(), next_page: 0, taken: 0, todo: VecDeque::new() };
+        self.take(&mut commit, maps);
+        if commit.taken == 0 {
+            commit.todo = VecDeque::from([Todo::SyncData]);
         }
         #[cfg(feature = "planted-faults")]
         match self.fault {
-            Some(PlantedFault::DataNotSynced) => drop(todo.pop_front()),
-            Some(PlantedFault::MapBeforeData) => todo.rotate_left(1),
+            Some(PlantedFault::DataNotSynced) => drop(commit.todo.pop_front()),
+            Some(PlantedFault::MapBeforeData) => commit.todo.rotate_left(1),
             Some(PlantedFault::FoundNotSynced) | None => {}
         }
-        Commit { pages, todo }
+        commit
+    }
+
+    /// Takes the next batch of changed pages, and notes what has to be done for it. The last one ends the commit.
+    fn take(&self, commit: &mut Commit, maps: &Maps) {
+        commit.pages = maps.take_changed(commit.next_page, self.batch_pages);
+        commit.taken += commit.pages.len() as u64;
+        if let Some(last) = commit.pages.last() {
+            commit.next_page = last.page + 1;
+            commit.todo.push_back(Todo::SyncData);
+            if !self.found_is_durable {
+                commit.todo.push_back(Todo::SyncMetadata);
+            }
+            commit.todo.extend((0..commit.pages.len()).map(Todo::Write));
+        }
+        let full = commit.pages.len() == self.batch_pages;
+        commit.todo.push_back(if full { Todo::TakeMore } else { Todo::SyncMetadata });
     }
 
     /// What the commit needs next, after what it needed before was done without an error. None: that was all.
-    pub fn next_step(&mut self, commit: &mut Commit) -> Option<Step> {
+    pub fn next_step(&mut self, commit: &mut Commit, maps: &Maps) -> Option<Step> {
         Some(match commit.todo.pop_front()? {
+            Todo::TakeMore => {
+                self.take(commit, maps);
+                return self.next_step(commit, maps);
+            }
             Todo::SyncData => Step::SyncData,
             Todo::Write(index) => {
                 // No page is written before the first sync of the metadata has gone well.

@@ -7,6 +7,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
+use std::ops::Range;
 use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -14,6 +15,7 @@ use std::time::{Duration, Instant};
 
 use uuid::Uuid;
 
+use super::holes::next_data;
 use crate::engine::{Geometry, Maps, Words};
 use crate::uring::SharedWords;
 
@@ -52,7 +54,7 @@ pub struct LiveMap {
     path: PathBuf,
     inherited: bool,
     /// Holds the lock.
-    _file: File,
+    file: File,
 }
 
 /// This boot's name, as the kernel gives it.
@@ -86,7 +88,7 @@ impl LiveMap {
             if trust && file.metadata()?.len() == len_words as u64 * 8 {
                 let words = SharedWords::map(&file, len_words)?;
                 if header.iter().enumerate().all(|(at, value)| words.words()[at].load(Ordering::SeqCst) == *value) {
-                    return Ok(Some(Self { words, path: path.into(), inherited: true, _file: file }));
+                    return Ok(Some(Self { words, path: path.into(), inherited: true, file }));
                 }
             }
         }
@@ -95,11 +97,16 @@ impl LiveMap {
             return Ok(None);
         }
         let words = SharedWords::map(&file, len_words)?;
-        // The magic last: a file without it is nobody's.
-        for (at, value) in header.iter().enumerate().rev() {
+        for (at, value) in header.iter().enumerate().filter(|(at, _)| *at != AT_MAGIC) {
             words.words()[at].store(*value, Ordering::SeqCst);
         }
-        Ok(Some(Self { words, path: path.into(), inherited: false, _file: file }))
+        Ok(Some(Self { words, path: path.into(), inherited: false, file }))
+    }
+
+    /// It holds all that is known from now on. A file without the magic is nobody's: who is killed before this has left
+    /// nothing behind.
+    pub fn seal(&self) {
+        self.words.words()[AT_MAGIC].store(MAGIC, Ordering::SeqCst);
     }
 
     /// Did a daemon of this boot leave bits here?
@@ -124,6 +131,21 @@ impl LiveMap {
 impl Words for LiveMap {
     fn words(&self) -> &[AtomicU64] {
         &self.words.words()[HEADER_WORDS..]
+    }
+
+    fn filled(&self) -> Vec<Range<usize>> {
+        let len_words = Words::words(self).len();
+        let mut at_bytes = HEADER_WORDS as u64 * 8;
+        let mut filled = Vec::new();
+        while let Some(data) = next_data(&self.file, at_bytes) {
+            let word_of = |bytes: u64| ((bytes / 8) as usize).saturating_sub(HEADER_WORDS).min(len_words);
+            filled.push(word_of(data.start)..word_of(data.end));
+            at_bytes = data.end;
+            if filled.last().is_some_and(|range| range.end == len_words) {
+                break;
+            }
+        }
+        filled
     }
 }
 
@@ -171,15 +193,23 @@ mod tests {
     fn bits_outlive_the_mapping_but_not_the_boot_the_disk_or_a_discard() {
         let dir = tempfile::tempdir().unwrap();
         let geometry = Geometry::new(1 << 30, 4096).unwrap();
-        let open = |uuid: u128, geometry| LiveMap::open(dir.path(), Uuid::from_u128(uuid), geometry, true).unwrap();
+        let unsealed = |uuid: u128, geometry| LiveMap::open(dir.path(), Uuid::from_u128(uuid), geometry, true).unwrap();
+        let open = |uuid: u128, geometry| {
+            let map = unsealed(uuid, geometry);
+            map.seal();
+            map
+        };
+        Words::words(&unsealed(1, geometry))[7].store(41, Ordering::SeqCst);
         let first = open(1, geometry);
-        assert!(!first.is_inherited());
+        assert!(!first.is_inherited(), "it was not sealed");
         Words::words(&first)[7].store(42, Ordering::SeqCst);
         let path = first.path().to_owned();
         drop(first);
         let second = open(1, geometry);
         assert!(second.is_inherited());
         assert_eq!(Words::words(&second)[7].load(Ordering::SeqCst), 42);
+        assert!(Words::filled(&second).iter().any(|range| range.contains(&7)));
+        assert!(Words::filled(&second).iter().all(|range| range.end <= Words::words(&second).len()));
         // Another boot wrote it: worth nothing.
         second.words.words()[AT_BOOT].fetch_xor(1, Ordering::SeqCst);
         drop(second);

@@ -144,9 +144,16 @@ impl MetadataFile {
 
     /// Opens and reads the file of an existing cache. Changes nothing.
     pub fn open(path: &Path) -> Result<(Self, Recovered), MetadataError> {
+        let mut images = Vec::new();
+        let (file, recovered) = Self::open_into(path, &mut |image| images.push(image))?;
+        Ok((file, Recovered { pages: images, ..recovered }))
+    }
+
+    /// The same, with the map pages given away one by one; see [`Recovery::run_into`].
+    pub fn open_into(path: &Path, take: &mut dyn FnMut(PageImage)) -> Result<(Self, Recovered), MetadataError> {
         let io = |source| MetadataError::Io { path: path.into(), action: "open", source };
         let file = OpenOptions::new().read(true).write(true).open(path).map_err(io)?;
-        let recovered = Recovery::new(path, &file).run()?;
+        let recovered = Recovery::new(path, &file).run_into(take)?;
         let pages = Maps::pages(geometry_of(path, &recovered.superblock)?);
         Ok((Self { file, pages }, recovered))
     }

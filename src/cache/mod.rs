@@ -11,6 +11,7 @@
 
 mod commit;
 mod data;
+mod holes;
 mod live;
 mod metadata;
 mod open;

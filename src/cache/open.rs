@@ -248,28 +248,28 @@ impl Cache {
             let path = options.metadata.clone();
             make_device_dir(&options.metadata).map_err(|source| OpenError::MetadataDir { path, source })?;
         }
-        let opened = match &superblock {
-            Some(superblock) => MetadataFile::create(&options.metadata, superblock),
+        let opened = match superblock {
+            Some(superblock) => {
+                MetadataFile::create(&options.metadata, &superblock).map(|made| (superblock, Some(made)))
+            }
             // Read again, now under the lock.
-            None => MetadataFile::open(&options.metadata),
+            None => MetadataFile::peek(&options.metadata).map(|superblock| (superblock, None)),
         };
         if opened.is_err() && made_by_us {
             // Gone already is as good.
             let _ = fs::remove_file(&options.data);
         }
-        let (metadata, recovered) = opened?;
-        Self::with_maps(options, source, data, metadata, recovered, fresh)
+        let (superblock, made) = opened?;
+        Self::with_maps(options, source, data, &superblock, made)
     }
 
     fn with_maps(
         options: &CacheOptions,
         source: &SourceFacts,
         data: DataFile,
-        metadata: MetadataFile,
-        recovered: Recovered,
-        fresh: bool,
+        superblock: &Superblock,
+        made: Option<(MetadataFile, Recovered)>,
     ) -> Result<Self, OpenError> {
-        let superblock = &recovered.superblock;
         let geometry = Geometry::new(superblock.size_bytes, superblock.block_bytes)?;
         let boot = boot_id().map_or_else(|_| String::new(), |id| id.to_string());
         let killed_in_this_boot = !superblock.clean && superblock.boot_id == boot;
@@ -279,7 +279,17 @@ impl Cache {
             LiveMap::discard(&path).ok();
             return Err(OpenError::LiveMapGone(options.data.clone(), path));
         }
-        recovered.pages.iter().for_each(|page| load_page(live.words(), page));
+        let resumed = made.is_none();
+        // Page by page into the live map: those of a large disk are as large as the live map itself.
+        let opened = made
+            .map_or_else(|| MetadataFile::open_into(&options.metadata, &mut |page| load_page(live.words(), &page)), Ok);
+        let (metadata, recovered) = opened.inspect_err(|_| {
+            if !live.is_inherited() {
+                // It says nothing that the metadata does not say.
+                LiveMap::discard(live.path()).ok();
+            }
+        })?;
+        live.seal();
         let lost_power = !superblock.clean && !live.is_inherited();
         let live_path = live.path().to_owned();
         let maps = Maps::new(geometry, Box::new(live));
@@ -293,7 +303,7 @@ impl Cache {
         let io = |source| MetadataError::Io { path: options.metadata.clone(), action: "write the superblock", source };
         opened.map_err(io)?;
         let store = Store { data: data.clone(), metadata, committer, live_path };
-        Ok(Self { data, maps, store, resumed: !fresh, notes: recovered.notes })
+        Ok(Self { data, maps, store, resumed, notes: recovered.notes })
     }
 }
 

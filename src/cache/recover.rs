@@ -5,6 +5,7 @@ use std::io;
 use std::os::unix::fs::FileExt;
 use std::path::Path;
 
+use super::holes::next_data;
 use super::metadata::{KIND_MAP, KIND_SUPERBLOCK, MetadataError, SUPERBLOCK_COPIES, file_bytes, map_offset};
 use super::page::{CopyState, PAGE_BYTES, SealedPage};
 use super::superblock::{FORMAT_VERSION, Superblock};
@@ -16,6 +17,10 @@ pub trait ReadAt {
     fn size_bytes(&self) -> io::Result<u64>;
     /// Fills `bytes` with what stands at `offset`.
     fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()>;
+    /// Up to where there are zeros from `offset` on, as far as that is known without reading them.
+    fn zeros_until(&self, offset: u64) -> u64 {
+        offset
+    }
 }
 
 impl ReadAt for File {
@@ -25,6 +30,10 @@ impl ReadAt for File {
 
     fn read_exact_at(&self, bytes: &mut [u8], offset: u64) -> io::Result<()> {
         FileExt::read_exact_at(self, bytes, offset)
+    }
+
+    fn zeros_until(&self, offset: u64) -> u64 {
+        next_data(self, offset).map_or(u64::MAX, |data| data.start)
     }
 }
 
@@ -47,7 +56,7 @@ impl Newest {
 pub struct Recovered {
     /// Its superblock.
     pub superblock: Superblock,
-    /// The map pages that hold a bit.
+    /// The map pages that hold a bit, unless they were given to somebody else.
     pub pages: Vec<PageImage>,
     pub(super) newest: Vec<Newest>,
     pub(super) superblock_newest: Newest,
@@ -98,6 +107,14 @@ impl<'a, F: ReadAt> Recovery<'a, F> {
 
     /// Everything.
     pub fn run(&self) -> Result<Recovered, MetadataError> {
+        let mut pages = Vec::new();
+        let recovered = self.run_into(&mut |page| pages.push(page))?;
+        Ok(Recovered { pages, ..recovered })
+    }
+
+    /// Everything; each map page that holds a bit goes to `take`, so that they need not all be in memory. After an
+    /// error, what it was given before was true all the same.
+    pub fn run_into(&self, take: &mut dyn FnMut(PageImage)) -> Result<Recovered, MetadataError> {
         let FoundSuperblock { superblock, newest: superblock_newest, notes } = self.find_superblock()?;
         let pages = Maps::pages(geometry_of(self.path, &superblock)?);
         let (found, expected) = (self.size_bytes()?, file_bytes(pages));
@@ -105,8 +122,12 @@ impl<'a, F: ReadAt> Recovery<'a, F> {
             return Err(MetadataError::Truncated { path: self.path.into(), found, expected });
         }
         let mut recovered = Recovered { superblock, pages: Vec::new(), newest: Vec::new(), superblock_newest, notes };
+        recovered.newest.reserve_exact(pages as usize);
+        let mut blank_until = [0; 2];
         for page in 0..pages {
-            self.recover_page(page, pages, &mut recovered)?;
+            if let Some(image) = self.recover_page(page, pages, &mut blank_until, &mut recovered)? {
+                take(image);
+            }
         }
         Ok(recovered)
     }
@@ -154,8 +175,21 @@ impl<'a, F: ReadAt> Recovery<'a, F> {
         })
     }
 
-    fn recover_page(&self, page: u64, pages: u64, recovered: &mut Recovered) -> Result<(), MetadataError> {
-        let [first, second] = [self.read_copy(page, pages, 0, recovered)?, self.read_copy(page, pages, 1, recovered)?];
+    fn recover_page(
+        &self,
+        page: u64,
+        pages: u64,
+        blank_until: &mut [u64; 2],
+        recovered: &mut Recovered,
+    ) -> Result<Option<PageImage>, MetadataError> {
+        let [first, second] = [
+            self.read_copy(map_offset(pages, page, 0), page, &mut blank_until[0], recovered)?,
+            self.read_copy(map_offset(pages, page, 1), page, &mut blank_until[1], recovered)?,
+        ];
+        if (&first, &second) == (&CopyState::Blank, &CopyState::Blank) {
+            recovered.newest.push(Newest::default());
+            return Ok(None);
+        }
         let (image, newest) = join(page, &first, &second).ok_or_else(|| {
             let (start, end) = (page * PAGE_BLOCKS, (page + 1) * PAGE_BLOCKS);
             let bytes = recovered.superblock.block_bytes;
@@ -169,14 +203,28 @@ impl<'a, F: ReadAt> Recovery<'a, F> {
             push_note(&mut recovered.notes, || format!("map page {page}, copy {copy}"), state);
         }
         recovered.newest.push(newest);
-        if image.present.iter().chain(&image.dirty).any(|&word| word != 0) {
-            recovered.pages.push(mask_beyond_end(image, &recovered.superblock));
-        }
-        Ok(())
+        let holds_a_bit = image.present.iter().chain(&image.dirty).any(|&word| word != 0);
+        Ok(holds_a_bit.then(|| mask_beyond_end(image, &recovered.superblock)))
     }
 
-    fn read_copy(&self, page: u64, pages: u64, copy: u64, of: &Recovered) -> Result<CopyState, MetadataError> {
-        let bytes = self.read_page(map_offset(pages, page, copy), "read a map page")?;
+    /// `blank_until`: up to where the file is known to be zeros from here on. A new cache's file is nothing else, and
+    /// that of a large disk takes long to read.
+    fn read_copy(
+        &self,
+        offset: u64,
+        page: u64,
+        blank_until: &mut u64,
+        of: &Recovered,
+    ) -> Result<CopyState, MetadataError> {
+        let end = offset + PAGE_BYTES as u64;
+        if end > *blank_until {
+            // Before it is read: what was read counts as data from then on.
+            *blank_until = self.file.zeros_until(offset);
+        }
+        if end <= *blank_until {
+            return Ok(CopyState::Blank);
+        }
+        let bytes = self.read_page(offset, "read a map page")?;
         Ok(match SealedPage::decode(&bytes, KIND_MAP, page) {
             // A page of another cache, copied here.
             CopyState::Valid(found) if found.uuid != of.superblock.uuid => CopyState::Damaged(None),

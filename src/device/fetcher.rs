@@ -327,10 +327,13 @@ impl Fetcher {
                 None => this.demand.take(range.len() as usize).await,
             };
             this.held.borrow_mut().insert(fetch, Held { data: None, _share: share });
-            if lane == Lane::Bulk
+            // What somebody waits for is of use without a place, too.
+            if lane != Lane::Demand
                 && let Err(e) = this.make_room(range).await
             {
-                *this.trouble.borrow_mut() = Some(format!("cache: no room for what is to be fetched: {e}"));
+                if lane == Lane::Bulk {
+                    *this.trouble.borrow_mut() = Some(format!("cache: no room for what is to be fetched: {e}"));
+                }
                 return this.core.apply(Event::Fetched { fetch, result: Err(FetchError::NoRoom) });
             }
             let result = match this.source() {

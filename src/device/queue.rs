@@ -14,6 +14,7 @@ use futures_channel::oneshot;
 
 use super::core::Core;
 use super::gate::{Pass, Phase};
+use super::hydration::Mode;
 use super::messages::{FetchRequest, QueueMessage};
 use crate::engine::{ByteRange, Errno, Event, Extent, OpId, OpKind};
 use crate::uring::{FileExtent, FileIo, Part, ZeroMode, spawn};
@@ -213,6 +214,10 @@ impl Queue {
         let (op, answer) = self.register(range.start, payload);
         self.core.counters.waiting.fetch_add(1, Ordering::Relaxed);
         self.core.apply(Event::Submit { op, kind, range });
+        // After it: what somebody waits for goes first. Where the background is held back, so is this.
+        if kind == OpKind::Read && self.core.hydration.mode() == Mode::Auto {
+            self.core.apply(Event::Ahead { range });
+        }
         let answer = answer.await.unwrap_or((Err(Errno::EIO), Vec::new()));
         self.core.counters.waiting.fetch_sub(1, Ordering::Relaxed);
         answer

@@ -44,7 +44,7 @@ pub enum FetchError {
     Refused(Errno),
     /// The source is lost, and has been for longer than whoever waits is to wait.
     Unreachable,
-    /// Of hydration: the cache has no room for the data, and the source was not asked.
+    /// Of what nobody waits for: the cache has no room for the data, and the source was not asked.
     NoRoom,
 }
 
@@ -101,6 +101,8 @@ impl OpKind {
 pub enum Lane {
     /// Somebody waits for it.
     Demand,
+    /// Somebody may wait for it soon.
+    Ahead,
     /// Hydration.
     Bulk,
 }
@@ -144,6 +146,11 @@ pub enum Event {
         run: BlockRun,
         /// How it ended.
         result: Result<(), Errno>,
+    },
+    /// The shell's word, after a read that missed, that what may be wanted next can be asked for beside it.
+    Ahead {
+        /// What was read.
+        range: ByteRange,
     },
     /// Hydration has room for one more step.
     Hydrate,

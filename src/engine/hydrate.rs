@@ -46,6 +46,8 @@ pub(super) enum Next {
 #[derive(Debug)]
 pub(super) struct Planner {
     cursor: u64,
+    /// Everything before it is present: where to start again. On a disk of terabytes it takes long to find.
+    front: u64,
     /// Does the source tell its extents?
     extents_known: bool,
     /// Does it send zeros as holes, when they are read?
@@ -59,7 +61,7 @@ pub(super) struct Planner {
 
 impl Planner {
     pub(super) fn new(extents_known: bool, compact: bool) -> Self {
-        Self { cursor: 0, extents_known, compact, extents: VecDeque::new(), asked: None, failed: false }
+        Self { cursor: 0, front: 0, extents_known, compact, extents: VecDeque::new(), asked: None, failed: false }
     }
 
     pub(super) fn next(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Next {
@@ -73,7 +75,8 @@ impl Planner {
                     return Next::Wait;
                 }
                 at_front_again = true;
-                self.cursor = 0;
+                self.front = maps.next_absent(self.front).unwrap_or(self.front);
+                self.cursor = self.front;
                 self.extents.clear();
                 if std::mem::take(&mut self.failed) {
                     return Next::Rest;

@@ -7,6 +7,7 @@
 //! Each bit that changes also flags its *map page* (see [`PAGE_BLOCKS`]) as changed, after the bit
 //! itself. A commit takes the flags, then reads the words: a bit that it misses has its flag still to come.
 
+use std::ops::Range;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -21,6 +22,12 @@ pub const PAGE_BLOCKS: u64 = PAGE_WORDS as u64 * 64;
 pub trait Words: Send + Sync {
     /// First the present words, then as many dirty words.
     fn words(&self) -> &[AtomicU64];
+
+    /// Which of them may hold bits when maps are opened on them; all others are zero, and are not looked at. A look
+    /// would make memory of what is a hole so far, and take time in proportion to the disk.
+    fn filled(&self) -> Vec<Range<usize>> {
+        std::iter::once(0..self.words().len()).collect()
+    }
 }
 
 impl Words for Box<[AtomicU64]> {
@@ -71,6 +78,14 @@ fn zeroed(words: usize) -> Box<[AtomicU64]> {
     (0..words).map(|_| AtomicU64::new(0)).collect()
 }
 
+/// The lowest `most` of the set bits.
+fn lowest(mut bits: u64, most: usize) -> u64 {
+    while bits.count_ones() as usize > most {
+        bits &= !(1 << (63 - bits.leading_zeros()));
+    }
+    bits
+}
+
 /// The words that a run of blocks touches, each with the mask of the run's bits in it.
 fn masks(run: BlockRun) -> impl Iterator<Item = (usize, u64)> {
     let words = if run.is_empty() { 0..0 } else { run.start / 64..(run.end - 1) / 64 + 1 };
@@ -103,17 +118,17 @@ impl Maps {
         let map_words = Self::map_words(geometry);
         assert_eq!(words.words().len(), 2 * map_words, "the words must fit the geometry");
         let flags = Self::pages(geometry).div_ceil(64) as usize;
-        let count = |words: &[AtomicU64]| words.iter().map(|w| u64::from(w.load(Ordering::Relaxed).count_ones())).sum();
-        let (present, dirty) = words.words().split_at(map_words);
-        let present_count = AtomicU64::new(count(present));
-        let dirty_count = AtomicU64::new(count(dirty));
         let changed = zeroed(flags);
-        for word in
-            (0..map_words).filter(|&w| present[w].load(Ordering::Relaxed) | dirty[w].load(Ordering::Relaxed) != 0)
-        {
-            let page = word / PAGE_WORDS;
-            changed[page / 64].fetch_or(1 << (page % 64), Ordering::Relaxed);
+        let mut counts = [0, 0];
+        for index in words.filled().into_iter().flatten() {
+            let word = words.words()[index].load(Ordering::Relaxed);
+            if word != 0 {
+                counts[index / map_words] += u64::from(word.count_ones());
+                let page = index % map_words / PAGE_WORDS;
+                changed[page / 64].fetch_or(1 << (page % 64), Ordering::Relaxed);
+            }
         }
+        let [present_count, dirty_count] = counts.map(AtomicU64::new);
         let committing = zeroed(flags);
         Self {
             inner: Arc::new(Inner {
@@ -258,16 +273,25 @@ impl Maps {
         self.inner.changed.iter().chain(&self.inner.committing).any(|w| w.load(Ordering::SeqCst) != 0)
     }
 
-    /// Takes the set of changed pages for a commit and reads them. One commit at a time:
-    /// [`Maps::committed`] or [`Maps::commit_failed`] must follow.
-    pub fn take_changed(&self) -> Vec<PageImage> {
-        let mut pages = Vec::new();
-        for (index, changed) in self.inner.changed.iter().enumerate() {
-            let bits = changed.load(Ordering::SeqCst);
+    /// Takes the first `most` of the changed pages from page `from` on for a commit, and reads them. One commit at a
+    /// time, which may take several times: [`Maps::committed`] or [`Maps::commit_failed`] must follow.
+    pub fn take_changed(&self, from: u64, most: usize) -> Vec<PageImage> {
+        let all: u32 = self.inner.changed.iter().map(|word| word.load(Ordering::Relaxed).count_ones()).sum();
+        // No more room than is needed: a vector that grows is twice as large for a moment.
+        let mut pages = Vec::with_capacity(most.min(all as usize));
+        for (index, changed) in self.inner.changed.iter().enumerate().skip(from as usize / 64) {
+            let first = from.saturating_sub(index as u64 * 64);
+            let bits = lowest(changed.load(Ordering::SeqCst) & (u64::MAX << first), most - pages.len());
+            if bits == 0 {
+                continue;
+            }
             self.inner.committing[index].fetch_or(bits, Ordering::SeqCst);
             changed.fetch_and(!bits, Ordering::SeqCst);
-            let set = (0..64).filter(|bit| bits & (1 << bit) != 0);
-            pages.extend(set.map(|bit| self.read_page(index as u64 * 64 + bit)));
+            let taken = (0..64).filter(|bit| bits & (1 << bit) != 0);
+            pages.extend(taken.map(|bit| self.read_page(index as u64 * 64 + bit)));
+            if pages.len() == most {
+                break;
+            }
         }
         pages
     }
@@ -352,23 +376,68 @@ mod tests {
     #[test]
     fn a_commit_takes_what_changed_and_nothing_else() {
         let maps = maps(3 * PAGE_BLOCKS);
-        assert!(maps.take_changed().is_empty());
+        assert!(maps.take_changed(0, usize::MAX).is_empty());
         maps.mark_dirty(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1));
         maps.mark_present(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1));
         assert!(!maps.is_committed(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1)));
         assert!(maps.is_committed(BlockRun::new(0, PAGE_BLOCKS)));
-        let taken = maps.take_changed();
+        let taken = maps.take_changed(0, usize::MAX);
         assert_eq!((taken.len(), taken[0].page, taken[0].present[0], taken[0].dirty[0]), (1, 1, 1, 1));
         // While the commit runs, the page is neither committed nor forgotten.
         assert!(!maps.is_committed(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1)));
         maps.commit_failed();
-        assert_eq!(maps.take_changed(), taken);
+        assert_eq!(maps.take_changed(0, usize::MAX), taken);
         maps.mark_present(BlockRun::new(PAGE_BLOCKS + 1, PAGE_BLOCKS + 2));
         maps.committed();
         assert!(!maps.is_committed(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1)));
-        assert_eq!(maps.take_changed()[0].present[0], 3);
+        assert_eq!(maps.take_changed(0, usize::MAX)[0].present[0], 3);
         maps.committed();
         assert!(!maps.has_uncommitted());
+    }
+
+    #[test]
+    fn changed_pages_are_taken_in_batches() {
+        let maps = maps(200 * PAGE_BLOCKS);
+        let changed = [0, 1, 63, 64, 130, 199];
+        changed.iter().for_each(|page| maps.mark_dirty(BlockRun::new(page * PAGE_BLOCKS, page * PAGE_BLOCKS + 1)));
+        let mut seen = Vec::new();
+        loop {
+            let from = seen.last().map_or(0, |page| page + 1);
+            let batch = maps.take_changed(from, 2);
+            assert!(batch.len() <= 2);
+            // Pages that were passed, and change again meanwhile, are for the next commit.
+            maps.mark_dirty(BlockRun::new(1, 2));
+            seen.extend(batch.iter().map(|image| image.page));
+            if batch.is_empty() {
+                break;
+            }
+        }
+        assert_eq!(seen, changed);
+        maps.committed();
+        assert!(maps.is_committed(BlockRun::new(PAGE_BLOCKS, 200 * PAGE_BLOCKS)));
+        assert_eq!(maps.take_changed(0, usize::MAX).len(), 1);
+    }
+
+    #[test]
+    fn only_filled_words_are_looked_at() {
+        struct Sparse(Box<[AtomicU64]>, Vec<Range<usize>>);
+        impl Words for Sparse {
+            fn words(&self) -> &[AtomicU64] {
+                &self.0
+            }
+            fn filled(&self) -> Vec<Range<usize>> {
+                self.1.clone()
+            }
+        }
+        let geometry = Geometry::new(3 * PAGE_BLOCKS * 4096, 4096).unwrap();
+        let words = zeroed(Maps::words_needed(geometry));
+        let map_words = 3 * PAGE_WORDS;
+        words[5].store(3, Ordering::Relaxed);
+        words[map_words + 2 * PAGE_WORDS].store(1, Ordering::Relaxed);
+        // Over the border of both maps, too.
+        let maps = Maps::new(geometry, Box::new(Sparse(words, vec![0..8, map_words - 1..2 * map_words])));
+        assert_eq!((maps.present_count(), maps.dirty_count()), (2, 1));
+        assert_eq!(maps.take_changed(0, usize::MAX).iter().map(|image| image.page).collect::<Vec<_>>(), [0, 2]);
     }
 
     #[test]
@@ -378,7 +447,7 @@ mod tests {
         assert!(maps.is_committed(across));
         maps.mark_dirty(BlockRun::new(PAGE_BLOCKS, PAGE_BLOCKS + 1));
         assert!(!maps.is_committed(across), "the second page has changed");
-        maps.take_changed();
+        maps.take_changed(0, usize::MAX);
         maps.committed();
         maps.mark_dirty(BlockRun::new(PAGE_BLOCKS - 1, PAGE_BLOCKS));
         assert!(!maps.is_committed(across), "the first page has changed");
@@ -390,7 +459,7 @@ mod tests {
         old.mark_present(BlockRun::new(3, PAGE_BLOCKS + 2));
         old.mark_dirty(BlockRun::new(3, 4));
         let words = zeroed(Maps::words_needed(old.geometry()));
-        old.take_changed().iter().for_each(|page| load_page(&words, page));
+        old.take_changed(0, usize::MAX).iter().for_each(|page| load_page(&words, page));
         let new = Maps::new(old.geometry(), Box::new(words));
         assert_eq!((new.present_count(), new.dirty_count()), (PAGE_BLOCKS - 1, 1));
         assert!(new.all_present(BlockRun::new(3, PAGE_BLOCKS + 2)) && new.any_dirty(BlockRun::new(0, 4)));

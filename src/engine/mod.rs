@@ -15,6 +15,7 @@
 //! Requests whose blocks are all present need not come here: the present map may be read without the
 //! engine, because bits only grow.
 
+mod ahead;
 mod event;
 mod geometry;
 mod hydrate;

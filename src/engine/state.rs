@@ -5,6 +5,7 @@
 
 use std::collections::HashMap;
 
+use super::ahead::Readahead;
 use super::event::{Action, Errno, Event, FetchError, Lane, OpId, OpKind};
 use super::geometry::{BlockRun, ByteRange};
 use super::hydrate::{Next, Planner};
@@ -72,6 +73,9 @@ pub struct Engine {
     fetches: HashMap<FetchId, Fetch>,
     ios: HashMap<IoId, LocalIo>,
     planner: Planner,
+    readahead: Readahead,
+    /// Blocks of fetches under way in [`Lane::Ahead`].
+    ahead_blocks: u64,
     next_id: u64,
     commit_runs: bool,
     /// Requests that the running commit will answer, and those that need the one after it.
@@ -87,6 +91,8 @@ impl Engine {
     pub fn new(maps: Maps, config: EngineConfig) -> Self {
         Self {
             planner: Planner::new(config.extents, config.compact),
+            readahead: Readahead::default(),
+            ahead_blocks: 0,
             maps,
             config,
             inflight: Inflight::default(),
@@ -140,6 +146,7 @@ impl Engine {
             Event::Fetched { fetch, result: Ok(()) } => self.fetched(fetch, out),
             Event::Fetched { fetch, result: Err(error) } => self.fetch_failed(fetch, error, out),
             Event::Stored { fetch, run, result } => self.stored(fetch, run, result, out),
+            Event::Ahead { range } => self.read_ahead(range, out),
             Event::Hydrate => self.hydrate(out),
             Event::Extents { extents } => self.planner.answer(self.maps.geometry(), &extents),
             Event::Committed { result } => self.committed(result, out),
@@ -329,6 +336,9 @@ impl Engine {
 
     fn start_fetch(&mut self, run: BlockRun, lane: Lane, out: &mut Vec<Action>) -> FetchId {
         let fetch = self.new_fetch(run, lane);
+        if lane == Lane::Ahead {
+            self.ahead_blocks += run.len();
+        }
         self.inflight.give(run, Owner::Wire(fetch));
         out.push(Action::Fetch { fetch, run, lane });
         fetch
@@ -370,7 +380,7 @@ impl Engine {
     }
 
     fn fetch_failed(&mut self, id: FetchId, error: FetchError, out: &mut Vec<Action>) {
-        let fetch = self.fetches.remove(&id).expect("a fetch ends once");
+        let fetch = self.remove_fetch(id);
         let absent = self.inflight.owned(fetch.run, Owner::Wire(id));
         absent.iter().for_each(|part| self.inflight.free(*part));
         out.push(Action::Release { fetch: id });
@@ -417,8 +427,16 @@ impl Engine {
         }
     }
 
-    fn end_fetch(&mut self, id: FetchId, out: &mut Vec<Action>) {
+    fn remove_fetch(&mut self, id: FetchId) -> Fetch {
         let fetch = self.fetches.remove(&id).expect("a fetch ends once");
+        if fetch.lane == Lane::Ahead {
+            self.ahead_blocks -= fetch.run.len();
+        }
+        fetch
+    }
+
+    fn end_fetch(&mut self, id: FetchId, out: &mut Vec<Action>) {
+        let fetch = self.remove_fetch(id);
         out.push(Action::Release { fetch: id });
         for segment in fetch.after {
             match fetch.store_error {
@@ -446,6 +464,24 @@ impl Engine {
             self.start(segment, out);
         } else {
             self.end_part(segment.op, Err(errno), out);
+        }
+    }
+
+    /// What is on its way ahead is bounded: demand shares its connection.
+    fn read_ahead(&mut self, range: ByteRange, out: &mut Vec<Action>) {
+        let geometry = self.maps.geometry();
+        let most = geometry.blocks_in(self.config.max_fetch_bytes);
+        if self.failed.is_some() {
+            return;
+        }
+        let Some(wanted) = self.readahead.missed(geometry, geometry.covering(range)) else { return };
+        let mut at = wanted.start;
+        while at < wanted.end && self.ahead_blocks < most.get() {
+            let (state, until) = self.look(at, wanted.end.min(at + most.get() - self.ahead_blocks));
+            if matches!(state, State::Absent) {
+                self.start_fetch(BlockRun::new(at, until), Lane::Ahead, out);
+            }
+            at = until;
         }
     }
 

@@ -414,7 +414,7 @@ impl Shared {
         let slots = self.slots.borrow();
         let (demand, bulk) = slots.split_at(1);
         let (first, second) = match lane {
-            Lane::Demand => (demand, bulk),
+            Lane::Demand | Lane::Ahead => (demand, bulk),
             Lane::Bulk => (bulk, demand),
         };
         let own_link_may_come = demand.len() < slots.len() && !self.bulk_refused.get();

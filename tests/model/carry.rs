@@ -77,7 +77,7 @@ impl World {
                 let fetch = fetch.expect("no fetch is released while it is on the wire");
                 fetch.arrived = result.is_ok();
                 let result = result.map_err(|errno| match (errno, fetch.lane) {
-                    (Errno::ENOSPC, Lane::Bulk) => FetchError::NoRoom,
+                    (Errno::ENOSPC, Lane::Bulk | Lane::Ahead) => FetchError::NoRoom,
                     (Errno::ENOSPC, Lane::Demand) => FetchError::Unreachable,
                     (errno, _) => FetchError::Refused(errno),
                 });

@@ -51,8 +51,9 @@ impl World {
     }
 
     fn next_step(&mut self) -> Stage {
+        let maps = self.maps().clone();
         let running = self.commit.as_mut().expect("it has begun");
-        running.step = self.committer.next_step(&mut running.commit);
+        running.step = self.committer.next_step(&mut running.commit, &maps);
         match &running.step {
             Some(Step::SyncData) => Stage::SyncData,
             Some(Step::WriteMap { .. }) => Stage::WriteMap,

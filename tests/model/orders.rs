@@ -12,7 +12,7 @@ use crate::world::{Fetch, World};
 
 impl World {
     /// Takes one action of the engine.
-    pub fn take(&mut self, action: Action, is_hydration: bool) -> Checked {
+    pub fn take(&mut self, action: Action, beside: Option<Lane>) -> Checked {
         match action {
             Action::ReadLocal { io, op, range } => self.take_local(op, range, What::Local(io, op, Act::Read)),
             Action::WriteLocal { io, op, range, dsync } => {
@@ -24,7 +24,7 @@ impl World {
                 self.check_buffer(fetch, BlockRun::new(blocks.start, blocks.end))?;
                 self.take_local(op, range, What::Local(io, op, Act::Deliver))
             }
-            Action::Fetch { fetch, run, lane } => self.take_fetch(fetch, run, lane, is_hydration),
+            Action::Fetch { fetch, run, lane } => self.take_fetch(fetch, run, lane, beside),
             Action::Store { fetch, run } => {
                 self.check_buffer(fetch, run)?;
                 self.take_store(fetch, run)
@@ -89,10 +89,10 @@ impl World {
         Ok(())
     }
 
-    fn take_fetch(&mut self, id: FetchId, run: BlockRun, lane: Lane, is_hydration: bool) -> Checked {
+    fn take_fetch(&mut self, id: FetchId, run: BlockRun, lane: Lane, beside: Option<Lane>) -> Checked {
         let most = (self.setup.config.max_fetch_bytes / self.setup.geometry.block_bytes()).max(1);
         ensure!(!run.is_empty() && run.len() <= most, "I10", "a fetch of {run}, {most} are the most");
-        let in_lane = if self.hydrating { lane == Lane::Bulk } else { lane == Lane::Demand || is_hydration };
+        let in_lane = if self.hydrating { lane == Lane::Bulk } else { lane == Lane::Demand || Some(lane) == beside };
         ensure!(in_lane, "I8", "a fetch of {run} in the wrong lane {lane:?}");
         self.cross(run)?;
         if let Some(range) = self.changing {

@@ -186,7 +186,10 @@ impl Turn<'_> {
         if can_hit && present && self.rng.percent(self.mood.direct_hits) {
             world.hit(kind, range)
         } else {
-            world.submit(kind, range)
+            world.submit(kind, range)?;
+            // Half of all misses are followed by a look ahead; which ones does not use up chance.
+            let looks_ahead = kind == OpKind::Read && !present && (range.start / 4096).is_multiple_of(2);
+            if looks_ahead { world.feed(Event::Ahead { range }).map(drop) } else { Ok(()) }
         }
     }
 

@@ -265,13 +265,14 @@ impl World {
     /// Gives the engine an event and takes its actions; returns how many they were.
     pub fn feed(&mut self, event: Event) -> Checked<usize> {
         self.note(|| format!("-> {event:?}"));
-        // Hydration's own fetches, and what becomes of one that failed.
-        let is_hydration = match &event {
-            Event::Hydrate => true,
+        // Who fetches beside demand, or what becomes of such a fetch that failed.
+        let beside = match &event {
+            Event::Hydrate => Some(Lane::Bulk),
+            Event::Ahead { .. } => Some(Lane::Ahead),
             Event::Fetched { fetch, result: Err(_) } => {
-                self.fetches.iter().any(|f| f.id == *fetch && f.lane == Lane::Bulk)
+                self.fetches.iter().find(|f| f.id == *fetch && f.lane != Lane::Demand).map(|f| f.lane)
             }
-            _ => false,
+            _ => None,
         };
         self.hydrating = event == Event::Hydrate;
         let most = (self.setup.blocks.len() + 2) * (self.open.len() + 2);
@@ -280,7 +281,7 @@ impl World {
         let count = actions.len();
         for action in actions.drain(..) {
             self.note(|| format!("     <- {action:?}"));
-            self.take(action, is_hydration)?;
+            self.take(action, beside)?;
         }
         self.actions = actions;
         ensure!(count <= most, "I10", "{count} actions for one event, {most} are the most");

@@ -13,6 +13,7 @@ mod reply;
 #[path = "../common/source.rs"]
 mod source;
 
+mod ahead;
 mod ending;
 mod hits;
 mod lanes;
