@@ -51,6 +51,10 @@ pub struct Recovered {
     pub pages: Vec<PageImage>,
     pub(super) newest: Vec<Newest>,
     pub(super) superblock_newest: Newest,
+    /// Copies of map pages that are damaged and were not needed: page and copy.
+    pub(super) damaged: Vec<(u64, u64)>,
+    /// The copy of the superblock that is not the newest is damaged.
+    pub(super) superblock_damaged: bool,
     /// What was odd but harmless, in words for the log.
     pub notes: Vec<String>,
 }
@@ -59,6 +63,7 @@ pub struct Recovered {
 struct FoundSuperblock {
     superblock: Superblock,
     newest: Newest,
+    damaged: bool,
     notes: Vec<String>,
 }
 
@@ -98,13 +103,21 @@ impl<'a, F: ReadAt> Recovery<'a, F> {
 
     /// Everything.
     pub fn run(&self) -> Result<Recovered, MetadataError> {
-        let FoundSuperblock { superblock, newest: superblock_newest, notes } = self.find_superblock()?;
+        let FoundSuperblock { superblock, newest: superblock_newest, damaged, notes } = self.find_superblock()?;
         let pages = Maps::pages(geometry_of(self.path, &superblock)?);
         let (found, expected) = (self.size_bytes()?, file_bytes(pages));
         if found < expected {
             return Err(MetadataError::Truncated { path: self.path.into(), found, expected });
         }
-        let mut recovered = Recovered { superblock, pages: Vec::new(), newest: Vec::new(), superblock_newest, notes };
+        let mut recovered = Recovered {
+            superblock,
+            pages: Vec::new(),
+            newest: Vec::new(),
+            superblock_newest,
+            damaged: Vec::new(),
+            superblock_damaged: damaged,
+            notes,
+        };
         for page in 0..pages {
             self.recover_page(page, pages, &mut recovered)?;
         }
@@ -150,6 +163,7 @@ impl<'a, F: ReadAt> Recovery<'a, F> {
         Ok(FoundSuperblock {
             superblock,
             newest: Newest { copy, sequence: after_torn(page.sequence, [&states[0].0, &states[1].0]) },
+            damaged: states.iter().any(|(state, _)| matches!(state, CopyState::Damaged(_))),
             notes,
         })
     }
@@ -167,6 +181,9 @@ impl<'a, F: ReadAt> Recovery<'a, F> {
         let image = if self.uses_torn_pages { self.torn_instead(image, pages, [&first, &second])? } else { image };
         for (copy, state) in [(0, &first), (1, &second)] {
             push_note(&mut recovered.notes, || format!("map page {page}, copy {copy}"), state);
+            if matches!(state, CopyState::Damaged(_)) {
+                recovered.damaged.push((page, copy));
+            }
         }
         recovered.newest.push(newest);
         if image.present.iter().chain(&image.dirty).any(|&word| word != 0) {
