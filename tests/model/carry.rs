@@ -3,6 +3,7 @@
 use blkferry::engine::{Errno, Event, Extent, FetchError, Lane, OpId};
 
 use crate::check::{Checked, ensure};
+use crate::disk::Opening;
 use crate::stamp::{SECTOR, Stamp};
 use crate::task::{Act, Task, What};
 use crate::world::World;
@@ -51,6 +52,10 @@ impl World {
     /// The task has ended, after all of its sectors or with an error, and the engine is told.
     pub fn finish(&mut self, at: usize, result: Result<(), Errno>) -> Checked {
         let task = self.tasks.swap_remove(at);
+        let is_dsync =
+            matches!(task.what, What::Local(.., Act::Write { dsync: true }) | What::Hit(_, Act::Write { dsync: true }));
+        let is_told = is_dsync && result.is_ok() && self.disk.tell_error(Opening::Writes);
+        let result = if is_told { Err(Errno::EIO) } else { result };
         self.injected |= result.is_err();
         match task.what {
             What::Local(io, op, act) => {
