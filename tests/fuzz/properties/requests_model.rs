@@ -28,7 +28,7 @@ pub struct Ram {
 
 pub fn fresh() -> Vec<u8> {
     // Every other granule is zeros.
-    (0..SIZE).map(|at| if at / GRANULE % 2 == 0 { (at / 7) as u8 | 1 } else { 0 }).collect()
+    (0..SIZE).map(|at| if (at / GRANULE).is_multiple_of(2) { (at / 7) as u8 | 1 } else { 0 }).collect()
 }
 
 /// Runs of granules that are zeros, or are not.
