@@ -5,7 +5,8 @@
 //! a power cut each sector holds what it held at some moment since the last sync, each a moment of its own. So
 //! writes are lost in part, out of order, and torn. After a sync that failed, what did not reach the platter
 //! never will: the kernel has dropped it, reads show it all the same, and the next sync will know nothing of it. The same
-//! may happen while the kernel writes back by itself, between two syncs: the next one is told, and no later one.
+//! may happen while the kernel writes back by itself, between two syncs: the next one is told, and no later one. (A new
+//! process is told as well; by a real kernel only if nobody was told before: docs/ARCHITECTURE.md.)
 
 use std::ops::Range;
 
