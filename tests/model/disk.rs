@@ -52,6 +52,8 @@ pub struct Disk<T> {
     writes: u64,
     /// Something could not be written back, and these were not told yet. The kernel tells each opening once.
     untold: [bool; 2],
+    /// A write with RWF_DSYNC was told: the word of others is not enough any more.
+    pub doubts_dsync: bool,
 }
 
 /// An opening of the cache's data, by what it is for.
@@ -66,7 +68,14 @@ pub enum Opening {
 impl<T: Clone + PartialEq> Disk<T> {
     /// A disk that holds this, synced.
     pub fn new(content: Vec<T>) -> Self {
-        Self { platter: content.clone(), current: content, unsynced: Vec::new(), writes: 0, untold: [false; 2] }
+        Self {
+            platter: content.clone(),
+            current: content,
+            unsynced: Vec::new(),
+            writes: 0,
+            untold: [false; 2],
+            doubts_dsync: false,
+        }
     }
 
     /// Number of sectors.
@@ -155,6 +164,6 @@ impl<T: Clone + PartialEq> Disk<T> {
             }
         }
         self.current.clone_from(&self.platter);
-        self.untold = [false; 2];
+        (self.untold, self.doubts_dsync) = ([false; 2], false);
     }
 }
