@@ -4,6 +4,7 @@ use std::collections::VecDeque;
 use std::io;
 
 use super::metadata::{MetadataFile, encode_map};
+use super::page::PAGE_BYTES;
 use super::recover::{Newest, Recovered};
 use super::superblock::Superblock;
 use crate::engine::{Maps, PageImage};
@@ -52,6 +53,8 @@ const BATCH_PAGES: usize = 512;
 
 enum Todo {
     SyncData,
+    /// This copy of this page becomes blank.
+    Blank(u64, u64),
     /// The page of this index.
     Write(usize),
     /// Take the next pages.
@@ -98,6 +101,9 @@ pub struct Committer {
     /// and not synced it: this process reads it, but a power cut would leave the older copy, perhaps torn.
     found_is_durable: bool,
     batch_pages: usize,
+    /// Copies that were found damaged, and not needed: page and copy. Nothing is written over them but zeros.
+    damaged: Vec<(u64, u64)>,
+    superblock_damaged: bool,
     #[cfg(feature = "planted-faults")]
     fault: Option<PlantedFault>,
 }
@@ -111,6 +117,8 @@ impl Committer {
             newest: recovered.newest.clone(),
             found_is_durable: false,
             batch_pages: BATCH_PAGES,
+            damaged: recovered.damaged.clone(),
+            superblock_damaged: recovered.superblock_damaged,
             #[cfg(feature = "planted-faults")]
             fault: None,
         }
@@ -153,7 +161,9 @@ impl Committer {
     /// 2. Sync the data. Every bit that was taken was set after its data was written, so all of that
     ///    data is durable now. Only then may a bit that says so reach the disk.
     /// 3. Write each page over its *older* copy, so that a cut leaves the newest committed copy whole. (The first
-    ///    commit of a process syncs the metadata before: what it found may not be on the disk yet.)
+    ///    commit of a process syncs the metadata before: what it found may not be on the disk yet. After that it makes
+    ///    copies blank that it found damaged: a write over one of them, cut off in the middle, would leave sectors that
+    ///    are damaged beside newer ones, and look like damage to what was promised.)
     /// 4. Sync the metadata. Only after that is a flush answered.
     ///
     /// If many pages have changed, steps 1 to 3 are done for some of them after the other, in ascending order, so that
@@ -186,6 +196,10 @@ impl Committer {
             if !self.found_is_durable {
                 commit.todo.push_back(Todo::SyncMetadata);
             }
+            if !self.damaged.is_empty() {
+                commit.todo.extend(self.damaged.iter().map(|&(page, copy)| Todo::Blank(page, copy)));
+                commit.todo.push_back(Todo::SyncMetadata);
+            }
             commit.todo.extend((0..commit.pages.len()).map(Todo::Write));
         }
         let full = commit.pages.len() == self.batch_pages;
@@ -200,9 +214,14 @@ impl Committer {
                 return self.next_step(commit, maps);
             }
             Todo::SyncData => Step::SyncData,
-            Todo::Write(index) => {
-                // No page is written before the first sync of the metadata has gone well.
+            Todo::Blank(page, copy) => {
                 self.found_is_durable = true;
+                Step::WriteMap { page, copy, bytes: vec![0; PAGE_BYTES] }
+            }
+            Todo::Write(index) => {
+                // No page is written before the first sync of the metadata has gone well, and the one after blanks.
+                self.found_is_durable = true;
+                self.damaged.clear();
                 let image = &commit.pages[index];
                 let newest = &mut self.newest[image.page as usize];
                 *newest = newest.next();
@@ -226,6 +245,10 @@ impl Committer {
             if !self.found_is_durable {
                 file.sync()?;
                 self.found_is_durable = true;
+            }
+            if self.superblock_damaged {
+                file.blank_superblock(self.superblock_newest)?;
+                self.superblock_damaged = false;
             }
             self.superblock_newest = file.write_superblock(&next, self.superblock_newest)?;
             self.superblock = next;

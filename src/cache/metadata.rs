@@ -131,6 +131,8 @@ impl MetadataFile {
             pages: Vec::new(),
             newest: vec![Newest::default(); pages as usize],
             superblock_newest: Newest { copy: 0, sequence: 1 },
+            damaged: Vec::new(),
+            superblock_damaged: false,
             notes: Vec::new(),
         };
         Ok((Self { file, pages }, recovered))
@@ -169,6 +171,14 @@ impl MetadataFile {
         self.file.write_all_at(&encode_superblock(superblock, next.sequence), next.copy * PAGE_BYTES as u64)?;
         self.sync()?;
         Ok(next)
+    }
+
+    /// Makes the copy of the superblock that is not the newest a blank one, durably; see [`Committer::begin`].
+    ///
+    /// [`Committer::begin`]: super::Committer::begin
+    pub(super) fn blank_superblock(&self, newest: Newest) -> io::Result<()> {
+        self.file.write_all_at(&[0; PAGE_BYTES], newest.next().copy * PAGE_BYTES as u64)?;
+        self.sync()
     }
 
     /// fdatasync(2).

@@ -18,6 +18,8 @@ const HEADER_BYTES: usize = 64;
 const SEAL_BYTES: usize = 8;
 const SEAL_AT: usize = SECTOR_BYTES - SEAL_BYTES;
 const MAGIC: &[u8; 8] = b"BLKFERRY";
+/// No page is written so often. There has to be a next one after any that is found.
+const MAX_SEQUENCE: u64 = u64::MAX >> 1;
 static BLANK: [u8; PAGE_BYTES] = [0; PAGE_BYTES];
 
 /// What a sealed page holds and where it belongs.
@@ -126,7 +128,8 @@ impl SealedPage {
         if sequences.iter().any(|&s| s != header.sequence as u32) {
             return CopyState::Torn(newest.unwrap_or(0));
         }
-        if &bytes[..8] != MAGIC || header.kind != kind || header.index != index {
+        let is_ours = &bytes[..8] == MAGIC && header.kind == kind && header.index == index;
+        if !is_ours || header.sequence > MAX_SEQUENCE {
             return CopyState::Damaged(None);
         }
         CopyState::Valid(Self { payload: payload(bytes), ..header })
@@ -191,5 +194,14 @@ mod tests {
         // The right page in the wrong place is not taken for the page of that place.
         assert!(matches!(SealedPage::decode(&new, 7, 4), CopyState::Damaged(None)));
         assert!(matches!(SealedPage::decode(&new, 8, 3), CopyState::Damaged(None)));
+    }
+
+    #[test]
+    fn a_sequence_that_has_no_next_is_damage() {
+        let last = page(MAX_SEQUENCE, 1);
+        assert_eq!(SealedPage::decode(&last.encode(), 7, 3), CopyState::Valid(last));
+        for sequence in [MAX_SEQUENCE + 1, u64::MAX] {
+            assert_eq!(SealedPage::decode(&page(sequence, 1).encode(), 7, 3), CopyState::Damaged(None));
+        }
     }
 }

@@ -60,6 +60,10 @@ pub struct Recovered {
     pub pages: Vec<PageImage>,
     pub(super) newest: Vec<Newest>,
     pub(super) superblock_newest: Newest,
+    /// Copies of map pages that are damaged and were not needed: page and copy.
+    pub(super) damaged: Vec<(u64, u64)>,
+    /// The copy of the superblock that is not the newest is damaged.
+    pub(super) superblock_damaged: bool,
     /// What was odd but harmless, in words for the log.
     pub notes: Vec<String>,
 }
@@ -68,6 +72,7 @@ pub struct Recovered {
 struct FoundSuperblock {
     superblock: Superblock,
     newest: Newest,
+    damaged: bool,
     notes: Vec<String>,
 }
 
@@ -115,13 +120,21 @@ impl<'a, F: ReadAt> Recovery<'a, F> {
     /// Everything; each map page that holds a bit goes to `take`, so that they need not all be in memory. After an
     /// error, what it was given before was true all the same.
     pub fn run_into(&self, take: &mut dyn FnMut(PageImage)) -> Result<Recovered, MetadataError> {
-        let FoundSuperblock { superblock, newest: superblock_newest, notes } = self.find_superblock()?;
+        let FoundSuperblock { superblock, newest: superblock_newest, damaged, notes } = self.find_superblock()?;
         let pages = Maps::pages(geometry_of(self.path, &superblock)?);
         let (found, expected) = (self.size_bytes()?, file_bytes(pages));
         if found < expected {
             return Err(MetadataError::Truncated { path: self.path.into(), found, expected });
         }
-        let mut recovered = Recovered { superblock, pages: Vec::new(), newest: Vec::new(), superblock_newest, notes };
+        let mut recovered = Recovered {
+            superblock,
+            pages: Vec::new(),
+            newest: Vec::new(),
+            superblock_newest,
+            damaged: Vec::new(),
+            superblock_damaged: damaged,
+            notes,
+        };
         recovered.newest.reserve_exact(pages as usize);
         let mut blank_until = [0; 2];
         for page in 0..pages {
@@ -171,6 +184,7 @@ impl<'a, F: ReadAt> Recovery<'a, F> {
         Ok(FoundSuperblock {
             superblock,
             newest: Newest { copy, sequence: after_torn(page.sequence, [&states[0].0, &states[1].0]) },
+            damaged: states.iter().any(|(state, _)| matches!(state, CopyState::Damaged(_))),
             notes,
         })
     }
@@ -201,6 +215,9 @@ impl<'a, F: ReadAt> Recovery<'a, F> {
         let image = if self.uses_torn_pages { self.torn_instead(image, pages, [&first, &second])? } else { image };
         for (copy, state) in [(0, &first), (1, &second)] {
             push_note(&mut recovered.notes, || format!("map page {page}, copy {copy}"), state);
+            if matches!(state, CopyState::Damaged(_)) {
+                recovered.damaged.push((page, copy));
+            }
         }
         recovered.newest.push(newest);
         let holds_a_bit = image.present.iter().chain(&image.dirty).any(|&word| word != 0);

@@ -43,6 +43,7 @@ pub struct Health {
     lost: Mutex<Option<(Instant, String)>>,
     failed: Mutex<Option<String>>,
     has_failed: AtomicBool,
+    doubts_dsync: AtomicBool,
     complete: AtomicBool,
 }
 
@@ -78,6 +79,16 @@ impl Health {
     /// Has it stopped for good?
     pub fn has_failed(&self) -> bool {
         self.has_failed.load(Ordering::SeqCst)
+    }
+
+    /// A write with RWF_DSYNC has failed: see [`Queue::after_dsync`](super::queue::Queue).
+    pub(super) fn doubt_dsync(&self) {
+        self.doubts_dsync.store(true, Ordering::SeqCst);
+    }
+
+    /// Is the word of such a write not enough any more?
+    pub(super) fn doubts_dsync(&self) -> bool {
+        self.doubts_dsync.load(Ordering::SeqCst)
     }
 
     /// Why it has stopped for good.

@@ -38,12 +38,25 @@ impl Queue {
         }
         let dsync = self.prepare_change(range, fua);
         let (result, data) = self.cache.write_from(data, range.len() as usize, range.start, dsync).await;
+        let result = result.map_err(|e| self.io_error("write", &e));
         match result {
-            Err(e) => (Err(self.io_error("write", &e)), data),
-            // A commit that failed meanwhile may have dropped what this write had written before its own sync.
-            Ok(()) if dsync => (self.check_health(), data),
-            Ok(()) => (self.finish_change(fua && !dsync).await, data),
+            result if dsync => (self.after_dsync(result).await, data),
+            Ok(()) => (self.finish_change(fua).await, data),
+            Err(errno) => (Err(errno), data),
         }
+    }
+
+    /// What a write with RWF_DSYNC has come to. The kernel tells an opening of a failure once: of several such writes
+    /// that were under way one is told, and the word of the others is not enough from then on. A commit has an opening
+    /// of its own, and settles it (I11).
+    pub(super) async fn after_dsync(&self, result: Result<(), Errno>) -> Result<(), Errno> {
+        if result.is_err() {
+            self.core.health.doubt_dsync();
+            return result;
+        }
+        // A commit that failed meanwhile may have dropped what this write had written before its own sync.
+        self.check_health()?;
+        if self.core.health.doubts_dsync() { self.flush().await } else { Ok(()) }
     }
 
     fn count_hit(&self, range: ByteRange) {

@@ -250,7 +250,10 @@ impl Queue {
                     let this = self.clone();
                     spawn(async move {
                         let result = this.cache.write_all_at(this.payload(op, range), range.start, dsync).await;
-                        let result = result.map_err(|e| this.io_error("write", &e));
+                        let mut result = result.map_err(|e| this.io_error("write", &e));
+                        if dsync {
+                            result = this.after_dsync(result).await;
+                        }
                         this.core.apply(Event::LocalDone { io, result });
                     })
                     .detach();

@@ -10,7 +10,7 @@ use event_listener::Event;
 use futures_channel::oneshot;
 
 use super::dial::Dialed;
-use super::read::{BadCover, FetchedData, ReadAssembly};
+use super::read::{BadCover, FetchedData, HashAssembly, ReadAssembly};
 use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent};
 use crate::nbd::chunk::{BlockStatus, ErrorChunk, FerryHashes, Hole, decode_data_offset};
@@ -56,7 +56,7 @@ type Answer<T> = oneshot::Sender<Result<T, LinkError>>;
 enum Waiting {
     Read { read: ReadAssembly, answer: Answer<FetchedData> },
     Extents { extents: Vec<Extent>, answer: Answer<Vec<Extent>> },
-    Hashes { hashes: Vec<[u8; 32]>, answer: Answer<Vec<[u8; 32]>> },
+    Hashes { hashes: HashAssembly, answer: Answer<Vec<[u8; 32]>> },
     Told { told: Option<Told>, answer: Answer<Option<Told>> },
     Changed { stretches: Vec<(u64, bool)>, answer: Answer<Vec<(u64, bool)>> },
 }
@@ -197,7 +197,8 @@ impl Link {
 
     /// Asks for the hashes of a range; only of a blkferry source.
     pub(super) async fn hashes(&self, range: ByteRange) -> Result<Vec<[u8; 32]>, LinkError> {
-        self.ask(Command::FerryHash, range, |answer| Waiting::Hashes { hashes: Vec::new(), answer }).await
+        let make = |answer| Waiting::Hashes { hashes: HashAssembly::new(range), answer };
+        self.ask(Command::FerryHash, range, make).await
     }
 
     /// A step of a handoff; only of a source that says how its disk stands.
@@ -328,13 +329,17 @@ impl Link {
             (ChunkKind::BlockStatus, Waiting::Extents { extents, .. }) => {
                 let status = BlockStatus::decode(&payload(reader, len).await?)?;
                 if Some(status.context_id) == self.inner.session.base_allocation {
+                    // One chunk a context (spec: "NBD_REPLY_TYPE_BLOCK_STATUS"): they would add up without end.
+                    if !extents.is_empty() {
+                        return Err(LinkFailure::UnexpectedChunk(kind));
+                    }
                     let zero = |flags: StateFlags| flags.contains(StateFlags::ZERO);
                     let told = status.extents.iter();
                     extents.extend(told.map(|e| Extent { len_bytes: u64::from(e.len), zero: zero(e.flags) }));
                 }
             }
             (ChunkKind::FerryHashes, Waiting::Hashes { hashes, .. }) => {
-                hashes.extend(FerryHashes::decode(&payload(reader, len).await?)?.hashes);
+                hashes.add(FerryHashes::decode(&payload(reader, len).await?)?)?;
             }
             (ChunkKind::FerryTold, Waiting::Told { told, .. }) => {
                 *told = Some(Told::decode(&payload(reader, len).await?)?)
@@ -342,6 +347,9 @@ impl Link {
             (ChunkKind::BlockStatus, Waiting::Changed { stretches, .. }) => {
                 let status = BlockStatus::decode(&payload(reader, len).await?)?;
                 if status.context_id == FERRY_CHANGED_ID {
+                    if !stretches.is_empty() {
+                        return Err(LinkFailure::UnexpectedChunk(kind));
+                    }
                     let told = status.extents.iter();
                     stretches.extend(told.map(|e| (u64::from(e.len), e.flags.bits() & FERRY_CHANGED != 0)));
                 }
@@ -396,10 +404,12 @@ fn finish(pending: Pending) -> Result<(), LinkFailure> {
         (Waiting::Read { answer, .. }, Some(refused)) => drop(answer.send(Err(refused))),
         (Waiting::Read { read, answer }, None) => drop(answer.send(Ok(read.finish()?))),
         (Waiting::Extents { extents, answer }, refused) => drop(answer.send(refused.map_or(Ok(extents), Err))),
-        (Waiting::Hashes { hashes, answer }, refused) => drop(answer.send(refused.map_or(Ok(hashes), Err))),
         (Waiting::Told { told, answer }, refused) => drop(answer.send(refused.map_or(Ok(told), Err))),
         (Waiting::Changed { stretches, answer }, refused) => {
             drop(answer.send(refused.map_or(Ok(stretches), Err)));
+        }
+        (Waiting::Hashes { hashes, answer }, refused) => {
+            drop(answer.send(refused.map_or(Ok(hashes.finish()), Err)));
         }
     }
     Ok(())

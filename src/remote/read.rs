@@ -1,9 +1,11 @@
 //! The data of one read, put together from the chunks of its reply.
 
+use std::collections::BTreeMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use crate::engine::ByteRange;
+use crate::nbd::FerryHashes;
 use crate::uring::Part;
 
 /// Blocks as they came from the source: bytes, and where zeros crossed as holes.
@@ -53,9 +55,14 @@ impl FetchedData {
     }
 }
 
-/// A reply that violates the protocol: pieces that overlap, lie outside, or do not cover the request.
+/// Pieces that the answer to a read may come in: a read of the largest size, sector by sector.
+const MAX_PIECES: usize = 64 << 10;
+/// Shortest piece that a hash may stand for: their number is bounded by that.
+const MIN_HASHED_BYTES: u64 = 512;
+
+/// A reply that violates the protocol: pieces that overlap, lie outside, or do not cover the request; or too many.
 #[derive(Debug, thiserror::Error)]
-#[error("the source answered a read with pieces that do not make up what was asked for")]
+#[error("the source answered with pieces that do not make up what was asked for")]
 pub(super) struct BadCover;
 
 /// A read while its reply arrives.
@@ -63,13 +70,13 @@ pub(super) struct BadCover;
 pub(super) struct ReadAssembly {
     range: ByteRange,
     bytes: Vec<u8>,
-    /// What has arrived, in order of arrival: range and "hole".
-    arrived: Vec<(Range<usize>, bool)>,
+    /// What has arrived, by its start: end and "hole".
+    arrived: BTreeMap<usize, (usize, bool)>,
 }
 
 impl ReadAssembly {
     pub(super) fn new(range: ByteRange) -> Self {
-        Self { range, bytes: Vec::new(), arrived: Vec::new() }
+        Self { range, bytes: Vec::new(), arrived: BTreeMap::new() }
     }
 
     /// Announces a chunk at an absolute offset; gives its place in the buffer.
@@ -80,11 +87,13 @@ impl ReadAssembly {
         }
         let start = (offset_bytes - self.range.start) as usize;
         let place = start..start + len_bytes as usize;
-        let after_last = self.arrived.last().is_none_or(|(last, _)| last.end <= place.start);
-        if !after_last && self.arrived.iter().any(|(old, _)| old.start < place.end && place.start < old.end) {
+        // None of those that are here overlap: the last one that begins before the end of this one tells.
+        let before = self.arrived.range(..place.end).next_back();
+        let overlaps = before.is_some_and(|(_, (old_end, _))| *old_end > place.start);
+        if overlaps || place.is_empty() || self.arrived.len() == MAX_PIECES {
             return Err(BadCover);
         }
-        self.arrived.push((place.clone(), hole));
+        self.arrived.insert(place.start, (place.end, hole));
         Ok(place)
     }
 
@@ -106,14 +115,46 @@ impl ReadAssembly {
     }
 
     /// All of it, if all of it has arrived.
-    pub(super) fn finish(mut self) -> Result<FetchedData, BadCover> {
-        self.arrived.sort_by_key(|(range, _)| range.start);
-        let covered: usize = self.arrived.iter().map(|(range, _)| range.len()).sum();
+    pub(super) fn finish(self) -> Result<FetchedData, BadCover> {
+        let covered: usize = self.arrived.iter().map(|(start, (end, _))| end - start).sum();
         if covered as u64 != self.range.len() {
             return Err(BadCover);
         }
-        let holes = self.arrived.into_iter().filter(|(_, hole)| *hole).map(|(range, _)| range).collect();
+        let holes =
+            self.arrived.into_iter().filter(|(_, (_, hole))| *hole).map(|(start, (end, _))| start..end).collect();
         Ok(FetchedData { range: self.range, bytes: Arc::new(self.bytes), holes: Arc::new(holes) })
+    }
+}
+
+/// The hashes of a range while the reply arrives.
+#[derive(Debug)]
+pub(super) struct HashAssembly {
+    /// What is not hashed yet.
+    left: ByteRange,
+    hashes: Vec<[u8; 32]>,
+}
+
+impl HashAssembly {
+    pub(super) fn new(range: ByteRange) -> Self {
+        Self { left: range, hashes: Vec::new() }
+    }
+
+    /// Takes the hashes of the next pieces.
+    pub(super) fn add(&mut self, chunk: FerryHashes) -> Result<(), BadCover> {
+        let piece_bytes = u64::from(chunk.piece_len_bytes);
+        let pieces_left = self.left.len().div_ceil(piece_bytes);
+        let too_many = piece_bytes < MIN_HASHED_BYTES || chunk.hashes.len() as u64 > pieces_left;
+        if too_many || chunk.offset != self.left.start {
+            return Err(BadCover);
+        }
+        self.left.start = self.left.end.min(chunk.offset + piece_bytes * chunk.hashes.len() as u64);
+        self.hashes.extend(chunk.hashes);
+        Ok(())
+    }
+
+    /// All that came; whether it is enough, its user sees.
+    pub(super) fn finish(self) -> Vec<[u8; 32]> {
+        self.hashes
     }
 }
 
@@ -168,6 +209,31 @@ mod tests {
         read.place(1500, 100, false).unwrap();
         assert!(read.place(1400, 101, true).is_err());
         assert!(read.place(1599, 1, true).is_err());
+        assert!(read.place(1700, 0, true).is_err());
         assert!(read.finish().is_err());
+    }
+
+    #[test]
+    fn an_answer_in_crumbs_costs_neither_memory_nor_time() {
+        let range = ByteRange { start: 0, end: 32 << 20 };
+        let mut read = ReadAssembly::new(range);
+        // Backwards: each one before all others.
+        let taken = (0..range.end).rev().take_while(|&at| read.place(at, 1, true).is_ok()).count();
+        assert_eq!(taken, MAX_PIECES);
+    }
+
+    #[test]
+    fn hashes_are_taken_in_order_and_no_more_than_there_are_pieces() {
+        let chunk =
+            |offset, piece_len_bytes, count| FerryHashes { offset, piece_len_bytes, hashes: vec![[1; 32]; count] };
+        let mut hashes = HashAssembly::new(ByteRange { start: 1000, end: 1000 + 3 * 4096 + 1 });
+        assert!(hashes.add(chunk(0, 4096, 1)).is_err());
+        assert!(hashes.add(chunk(1000, 4096, 5)).is_err());
+        assert!(hashes.add(chunk(1000, 1, 1)).is_err());
+        hashes.add(chunk(1000, 4096, 1)).unwrap();
+        assert!(hashes.add(chunk(1000, 4096, 1)).is_err(), "once more");
+        hashes.add(chunk(1000 + 4096, 4096, 3)).unwrap();
+        assert!(hashes.add(chunk(1000 + 4 * 4096, 4096, 1)).is_err());
+        assert_eq!(hashes.finish().len(), 4);
     }
 }

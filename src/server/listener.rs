@@ -8,6 +8,7 @@ use futures_util::FutureExt;
 use futures_util::future::select;
 use slab::Slab;
 
+use super::complaints::Complaints;
 use super::disk::Disk;
 use super::stats::ServeStats;
 use super::{MAX_CONNECTIONS, MAX_LEFTOVERS, connection};
@@ -19,6 +20,7 @@ pub struct Server {
     hall: Hall,
     places: Budget,
     leftovers: Budget,
+    complaints: Complaints,
 }
 
 impl Server {
@@ -27,8 +29,10 @@ impl Server {
         let hall = Hall::default();
         let places = Budget::new(MAX_CONNECTIONS);
         let leftovers = Budget::new(MAX_LEFTOVERS);
-        let accepting = spawn(accept(listener, disk, stats, hall.clone(), [places.clone(), leftovers.clone()]));
-        Self { accepting, hall, places, leftovers }
+        let complaints = Complaints::new(listener.local());
+        let budgets = [places.clone(), leftovers.clone()];
+        let accepting = spawn(accept(listener, disk, stats, hall.clone(), budgets, complaints.clone()));
+        Self { accepting, hall, places, leftovers, complaints }
     }
 
     /// Takes no more clients and no more requests, and gives those under way so long to end.
@@ -42,6 +46,7 @@ impl Server {
             self.leftovers.all_back().await;
         };
         select(ended.boxed_local(), sleep(patience).boxed_local()).await;
+        self.complaints.conclude();
     }
 }
 
@@ -92,13 +97,14 @@ async fn accept<D: Disk>(
     stats: ServeStats,
     hall: Hall,
     [places, leftovers]: [Budget; 2],
+    complaints: Complaints,
 ) {
     loop {
         let connection = match listener.accept().await {
             Ok(connection) => connection,
             Err(e) => {
                 // Out of descriptors, most likely: others may leave.
-                log::warn!("{}: cannot accept a connection: {e}", listener.local());
+                complaints.say(format_args!("cannot accept a connection: {e}"));
                 sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -111,13 +117,13 @@ async fn accept<D: Disk>(
             }
         };
         let (disk, stats, hall, leftovers) = (disk.clone(), stats.clone(), hall.clone(), leftovers.clone());
-        let local = listener.local().to_owned();
+        let complaints = complaints.clone();
         spawn(async move {
             let key = hall.enter(connection.clone());
             stats.client_came();
             let on_agreed = || hall.agreed(key);
             if let Err(e) = connection::run(connection, disk, stats.clone(), leftovers, on_agreed).await {
-                log::warn!("{local}: a client was dropped: {e}");
+                complaints.say(format_args!("a client was dropped: {e}"));
             }
             stats.client_left();
             hall.leave(key);

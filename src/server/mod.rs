@@ -10,6 +10,7 @@
 //! client that does not read its replies stops being read from; one connection's trouble ends that
 //! connection only; when all places are taken, a newcomer gets the place of who has been at its handshake for longest.
 
+mod complaints;
 mod connection;
 mod disk;
 mod listener;
@@ -36,5 +37,8 @@ const MAX_BYTES: usize = 64 << 20;
 const MAX_WAITING_BYTES: usize = 64 << 20;
 /// How long a client may take for the handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
+/// Lines in the log about clients, in each such period: a crowd must not fill a disk with them.
+const COMPLAINTS: u64 = 20;
+const COMPLAINTS_PERIOD: Duration = Duration::from_secs(60);
 /// Piece of the disk that one hash of the private hash command stands for.
 pub const HASH_PIECE_BYTES: u32 = 4096;

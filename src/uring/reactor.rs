@@ -84,6 +84,9 @@ struct Inner {
 /// One thread's event loop on its own ring.
 pub struct Reactor {
     inner: Rc<Inner>,
+    /// Listens to the bell from the first main task on, for as long as the reactor lives. Were there one listener after
+    /// the other, the former's read, not cancelled yet, could take the ring that the next one waits for.
+    bell: RefCell<Option<Task<()>>>,
 }
 
 impl Reactor {
@@ -108,14 +111,14 @@ impl Reactor {
         });
         let (ring, ops) = (RefCell::new(ring), RefCell::default());
         let inner = Rc::new(Inner { ring, ops, shared, lookout });
-        Ok(Self { inner })
+        Ok(Self { inner, bell: RefCell::default() })
     }
 
     /// Runs `main` and everything that it spawned on this thread until `main` ends.
     /// Tasks still running then are dropped with the reactor.
     pub fn block_on<T: 'static>(&self, main: impl Future<Output = T> + 'static) -> io::Result<T> {
         CURRENT.with(|c| *c.borrow_mut() = Some(self.inner.clone()));
-        let _bell = spawn(listen_to_bell(self.inner.shared.clone()));
+        self.bell.borrow_mut().get_or_insert_with(|| spawn(listen_to_bell(self.inner.shared.clone())));
         let mut main = std::pin::pin!(spawn(main));
         let result = loop {
             let tasks = self.inner.run_ready();
@@ -135,6 +138,7 @@ impl Reactor {
 
 impl Drop for Reactor {
     fn drop(&mut self) {
+        drop(self.bell.take());
         self.inner.drain();
     }
 }
@@ -453,6 +457,9 @@ impl<T> Mailbox<T> {
 mod tests {
     use super::*;
 
+    use futures_util::FutureExt;
+    use futures_util::future::{Either, select};
+
     #[test]
     fn tasks_timers_and_mail_from_another_thread() {
         let reactor = Reactor::new().unwrap();
@@ -476,6 +483,31 @@ mod tests {
         thread.join().unwrap();
     }
 
+    /// Found by a fuzz target that uses one reactor for all its inputs.
+    #[test]
+    fn each_of_many_main_tasks_hears_the_other_thread() {
+        let reactor = Reactor::new().unwrap();
+        let (jobs, to_do) = std::sync::mpsc::channel::<Box<dyn FnOnce() + Send>>();
+        let thread = std::thread::spawn(move || to_do.iter().for_each(|job| job()));
+        for round in 0..2000 {
+            let mail = Mailbox::<u32>::default();
+            let sender = mail.clone();
+            let job = move || {
+                sender.send(1);
+                // The main task may be gone by the time of the second one.
+                sender.send(2);
+            };
+            jobs.send(Box::new(job)).unwrap();
+            let heard = async move {
+                let too_late = sleep(Duration::from_secs(30)).boxed_local();
+                matches!(select(mail.recv().boxed_local(), too_late).await, Either::Left(_))
+            };
+            assert!(reactor.block_on(heard).unwrap(), "main task {round} was not woken");
+        }
+        drop(jobs);
+        thread.join().unwrap();
+    }
+
     #[test]
     fn a_dropped_operation_gives_its_slot_back() {
         let reactor = Reactor::new().unwrap();
@@ -491,7 +523,7 @@ mod tests {
                 sleep(Duration::from_millis(20)).await;
             })
             .unwrap();
-        // What is left is the bell's read (cancelled with the main task) and nothing else.
+        // What is left is the bell's read and nothing else.
         assert!(inner.ops.borrow().len() <= 1, "{} operations left", inner.ops.borrow().len());
     }
 }

@@ -14,6 +14,7 @@ mod source;
 
 mod caches;
 mod changed;
+mod crowd_log;
 mod disk_full;
 mod hostile;
 mod images;

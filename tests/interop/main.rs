@@ -24,6 +24,7 @@ mod copies;
 mod cuts;
 mod cycles;
 mod export;
+mod fail_after;
 mod far;
 mod faults;
 mod fio;

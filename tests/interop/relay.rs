@@ -6,7 +6,7 @@ use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use std::thread::JoinHandle;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crate::bench::poll;
 
@@ -24,6 +24,8 @@ struct Counters {
     /// Milliseconds that each piece takes in each direction.
     delay_ms: AtomicU64,
     open: Mutex<Vec<TcpStream>>,
+    /// When the last bytes from the source were about to be passed on.
+    last_heard: Mutex<Option<Instant>>,
 }
 
 /// A running relay; ends when dropped.
@@ -54,8 +56,8 @@ impl Relay {
                 let Ok(server) = TcpStream::connect(to) else { continue };
                 let (c, s) = (client.try_clone().unwrap(), server.try_clone().unwrap());
                 shared.open.lock().unwrap().push(client.try_clone().unwrap());
-                pump(server, client, shared.clone(), |counters| &counters.from_source);
-                pump(c, s, shared.clone(), |counters| &counters.to_source);
+                pump(server, client, shared.clone(), true);
+                pump(c, s, shared.clone(), false);
             }
         });
         Self { counters, address, acceptor: Some(acceptor) }
@@ -107,6 +109,11 @@ impl Relay {
         self.counters.is_silent.store(false, Ordering::SeqCst);
     }
 
+    /// When something of the source got through last, or a moment before that.
+    pub fn last_heard(&self) -> Instant {
+        self.counters.last_heard.lock().unwrap().expect("the source was heard")
+    }
+
     /// Waits until both ends of every connection have hung up: from then on the counts stand still.
     pub fn wait_quiet(&self) {
         poll("the relay's connections to close", || self.counters.pumps.load(Ordering::SeqCst) == 0);
@@ -122,7 +129,7 @@ impl Drop for Relay {
     }
 }
 
-fn pump(mut from: TcpStream, mut to: TcpStream, counters: Arc<Counters>, which: fn(&Counters) -> &AtomicU64) {
+fn pump(mut from: TcpStream, mut to: TcpStream, counters: Arc<Counters>, is_from_source: bool) {
     counters.pumps.fetch_add(1, Ordering::SeqCst);
     std::thread::spawn(move || {
         let mut buffer = vec![0; 256 << 10];
@@ -131,10 +138,15 @@ fn pump(mut from: TcpStream, mut to: TcpStream, counters: Arc<Counters>, which: 
             while counters.is_silent.load(Ordering::SeqCst) {
                 std::thread::sleep(Duration::from_millis(1));
             }
+            let now = Instant::now();
             if n == 0 || to.write_all(&buffer[..n]).is_err() {
                 break;
             }
-            which(&counters).fetch_add(n as u64, Ordering::SeqCst);
+            let count = if is_from_source { &counters.from_source } else { &counters.to_source };
+            count.fetch_add(n as u64, Ordering::SeqCst);
+            if is_from_source {
+                *counters.last_heard.lock().unwrap() = Some(now);
+            }
         }
         // The end of one direction is passed on as such; the other may still have something to say.
         let _ = to.shutdown(Shutdown::Write);

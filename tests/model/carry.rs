@@ -3,6 +3,7 @@
 use blkferry::engine::{Errno, Event, Extent, FetchError, Lane, OpId};
 
 use crate::check::{Checked, ensure};
+use crate::disk::Opening;
 use crate::stamp::{SECTOR, Stamp};
 use crate::task::{Act, Task, What};
 use crate::world::World;
@@ -51,6 +52,7 @@ impl World {
     /// The task has ended, after all of its sectors or with an error, and the engine is told.
     pub fn finish(&mut self, at: usize, result: Result<(), Errno>) -> Checked {
         let task = self.tasks.swap_remove(at);
+        let result = self.told(&task.what, result);
         self.injected |= result.is_err();
         match task.what {
             What::Local(io, op, act) => {
@@ -86,6 +88,18 @@ impl World {
             What::Query(_) | What::Commit(_) => unreachable!("these end in their own ways"),
         }
         Ok(())
+    }
+
+    /// What a write with RWF_DSYNC hears: of an error of the past, once. From then on it is worth as much as the commit
+    /// that the shell asks for, which is told as well.
+    fn told(&mut self, what: &What, result: Result<(), Errno>) -> Result<(), Errno> {
+        let dsync = Act::Write { dsync: true };
+        let is_dsync = matches!(what, What::Local(_, _, act) | What::Hit(_, act) if *act == dsync);
+        if !is_dsync {
+            return result;
+        }
+        self.disk.doubts_dsync |= self.disk.tell_error(Opening::Writes) || result.is_err();
+        if self.disk.doubts_dsync && self.disk.has_untold_error() { Err(Errno::EIO) } else { result }
     }
 
     fn local_ended(&mut self, op: OpId, act: Act, task: &Task, result: Result<(), Errno>) -> Checked {

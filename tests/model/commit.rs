@@ -4,7 +4,7 @@ use blkferry::cache::{Commit, Step};
 use blkferry::engine::{Errno, Event, Maps};
 
 use crate::check::{Checked, ensure};
-use crate::disk::Survives;
+use crate::disk::{Opening, Survives};
 use crate::guest::Wish;
 use crate::metadata::{Disks, sectors_of_copy};
 use crate::rng::Rng;
@@ -29,6 +29,11 @@ impl World {
                 self.next_step()
             }
             Stage::SyncData => Stage::DataSynced(self.disk.mark()),
+            Stage::DataSynced(_) if self.disk.tell_error(Opening::Commits) => {
+                self.stats.untold_errors += 1;
+                // What was dropped is gone already: of all the rest this sync has made everything durable.
+                return self.commit_fails(at, Survives::All, &mut Rng::new(0, 0));
+            }
             Stage::DataSynced(mark) => {
                 self.carry_out_step(mark);
                 self.next_step()

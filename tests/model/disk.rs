@@ -4,7 +4,9 @@
 //! A write is seen at once and is durable after a sync. In between it may reach the platter at any time: at
 //! a power cut each sector holds what it held at some moment since the last sync, each a moment of its own. So
 //! writes are lost in part, out of order, and torn. After a sync that failed, what did not reach the platter
-//! never will: the kernel has dropped it, reads show it all the same, and the next sync will know nothing of it.
+//! never will: the kernel has dropped it, reads show it all the same, and the next sync will know nothing of it. The same
+//! may happen while the kernel writes back by itself, between two syncs: the next one is told, and no later one. (A new
+//! process is told as well; by a real kernel only if nobody was told before: docs/ARCHITECTURE.md.)
 
 use std::ops::Range;
 
@@ -48,12 +50,32 @@ pub struct Disk<T> {
     platter: Vec<T>,
     unsynced: Vec<Unsynced<T>>,
     writes: u64,
+    /// Something could not be written back, and these were not told yet. The kernel tells each opening once.
+    untold: [bool; 2],
+    /// A write with RWF_DSYNC was told: the word of others is not enough any more.
+    pub doubts_dsync: bool,
+}
+
+/// An opening of the cache's data, by what it is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// The guest's writes.
+    Writes,
+    /// The commits' syncs.
+    Commits,
 }
 
 impl<T: Clone + PartialEq> Disk<T> {
     /// A disk that holds this, synced.
     pub fn new(content: Vec<T>) -> Self {
-        Self { platter: content.clone(), current: content, unsynced: Vec::new(), writes: 0 }
+        Self {
+            platter: content.clone(),
+            current: content,
+            unsynced: Vec::new(),
+            writes: 0,
+            untold: [false; 2],
+            doubts_dsync: false,
+        }
     }
 
     /// Number of sectors.
@@ -99,6 +121,22 @@ impl<T: Clone + PartialEq> Disk<T> {
         }
     }
 
+    /// The kernel writes back by itself, and the disk fails. What did not reach the platter is dropped.
+    pub fn write_back_fails(&mut self, survives: Survives, rng: &mut Rng) {
+        self.sync_fails(self.writes, survives, rng);
+        self.untold = [true; 2];
+    }
+
+    /// Will a sync be told of an error that is over?
+    pub fn has_untold_error(&self) -> bool {
+        self.untold.contains(&true)
+    }
+
+    /// Is a sync that ends now told of an error? Once for each opening.
+    pub fn tell_error(&mut self, to: Opening) -> bool {
+        std::mem::take(&mut self.untold[to as usize])
+    }
+
     /// A write with RWF_DSYNC has ended: its own sectors are durable, and no other.
     pub fn sync_write(&mut self, sectors: Range<u64>, value: T) {
         let platter = &mut self.platter;
@@ -126,5 +164,6 @@ impl<T: Clone + PartialEq> Disk<T> {
             }
         }
         self.current.clone_from(&self.platter);
+        (self.untold, self.doubts_dsync) = ([false; 2], false);
     }
 }

@@ -23,6 +23,15 @@ impl World {
         self.attach()
     }
 
+    /// Between two commits the disk fails, unseen: of what is not synced, some is lost. What was promised is not among it.
+    pub fn write_back_fails(&mut self, survives: Survives, rng: &mut Rng) -> Checked {
+        self.note(|| {
+            format!("#### the kernel cannot write something back; of what was not synced survives: {survives:?}")
+        });
+        self.disk.write_back_fails(survives, rng);
+        Ok(())
+    }
+
     /// The power is cut, and comes back.
     pub fn cut_power(&mut self, survives: Survives, rng: &mut Rng) -> Checked {
         self.note(|| format!("#### the power is cut; of what was not synced survives: {survives:?}"));

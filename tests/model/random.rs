@@ -38,6 +38,8 @@ struct Mood {
     source_is_mute: bool,
     /// Of a hundred steps of a commit so many are where the process or the machine dies.
     crashes_in_commits: u64,
+    /// Of a hundred steps so many are where the kernel finds that it cannot write something back.
+    write_back_errors: u64,
 }
 
 impl Mood {
@@ -66,6 +68,7 @@ impl Mood {
             cache_is_full: rng.percent(3),
             source_is_mute: rng.percent(5),
             crashes_in_commits: if crashes { rng.one_of(&[0, 0, 5, 20]) } else { 0 },
+            write_back_errors: if rng.percent(10) { rng.one_of(&[1, 3]) } else { 0 },
         }
     }
 }
@@ -119,11 +122,11 @@ impl Plan {
 
 /// Every case ends with a complete device; on the way there may be a crash, and one after it.
 fn end(world: &mut World, rng: &mut Rng) -> Checked {
-    if rng.percent(50) {
+    if rng.percent(50) && !world.disk.has_untold_error() {
         world.silence(rng)?;
     }
     let crash = rng.below(8);
-    if crash == 1 || world.engine.failed().is_some() {
+    if crash == 1 || world.engine.failed().is_some() || world.disk.has_untold_error() {
         // A device that has failed is not trusted before its machine was started anew.
         world.drain(rng)?;
         world.cut_power(survivors(rng), rng)?;
@@ -158,12 +161,16 @@ impl Turn<'_> {
             // Only a new start makes anything of a device that has failed.
             return world.cut_power(survivors(self.rng), self.rng);
         }
+        if self.mood.write_back_errors > 0 && self.rng.percent(self.mood.write_back_errors) {
+            return world.write_back_fails(survivors(self.rng), self.rng);
+        }
         match self.rng.weighted(&self.mood.moves) {
             0 if world.open.len() < self.mood.max_open => self.request(),
             1 if world.open.len() < self.mood.max_open => world.flush(),
             2 => world.feed(Event::Hydrate).map(drop),
             3 => world.feed(Event::CommitDue).map(drop),
-            4 => world.silence(self.rng),
+            // Nothing is to fail while the source is silent.
+            4 if !world.disk.has_untold_error() => world.silence(self.rng),
             5 if world.engine.failed().is_none() => world.kill(),
             5 | 6 => world.cut_power(survivors(self.rng), self.rng),
             _ => self.work(),

@@ -21,6 +21,8 @@ pub struct Stats {
     pub dsync_writes: u64,
     pub commits: u64,
     pub failed_commits: u64,
+    /// Commits that failed because something could not be written back before them.
+    pub untold_errors: u64,
     /// Times that the source fell silent, and requests that were open then.
     pub silences: u64,
     pub waiting_in_silence: u64,
@@ -46,6 +48,7 @@ impl Stats {
         self.dsync_writes += other.dsync_writes;
         self.commits += other.commits;
         self.failed_commits += other.failed_commits;
+        self.untold_errors += other.untold_errors;
         self.silences += other.silences;
         self.waiting_in_silence += other.waiting_in_silence;
         self.kills += other.kills;
@@ -67,6 +70,7 @@ impl Stats {
             self.dsync_writes,
             self.commits,
             self.failed_commits,
+            self.untold_errors,
             self.silences,
             self.waiting_in_silence,
             self.kills,

@@ -129,6 +129,7 @@ on_kernels! {
     stacks_on_6_12 stacks_on_7_2 "stacks.sh";
     zeroes_on_6_12 zeroes_on_7_2 "zeroes.sh";
     disk_on_6_12 disk_on_7_2 "disk.sh" "--disk" "40M";
+    writeback_on_6_12 writeback_on_7_2 "writeback.sh" "--disk" "40M";
     edges_on_6_12 edges_on_7_2 "edges.sh";
     target_on_6_12 target_on_7_2 "target.sh";
     service_on_6_12 service_on_7_2 "service.sh";

@@ -1,0 +1,160 @@
+//! A source that answers us: any bytes.
+//!
+//! Input: a byte that decides how the stream is cut, then the stream. A real link has asked four things at once; what
+//! comes of them must be what a naive reading of the stream says ([`outcomes`]): no byte of a reply that breaks a rule
+//! is believed, and nobody is left waiting.
+
+use std::io::{Read, Write};
+use std::os::unix::net::{UnixListener, UnixStream};
+
+use blkferry::engine::{ByteRange, Errno, FetchError, Lane};
+use blkferry::nbd::chunk::{
+    Extent, Hole, put_block_status_chunk, put_data_chunk_head, put_error_chunk, put_ferry_hashes_chunk, put_none_chunk,
+};
+use blkferry::nbd::{
+    ExportInfo, NbdError, ReplyFlags, Request, ServerHandshake, ServerStep, StateFlags, TransmissionFlags, Uri,
+    put_simple_reply,
+};
+use blkferry::remote::{LossPolicy, OnLoss, Source};
+use futures_util::future::{join, join4};
+
+use super::lots::{Lots, pieces};
+use super::replies_model::{Outcome, Question, outcomes};
+use super::site::{Site, send};
+
+const QUESTIONS: [Question; 4] = [
+    Question::Read { offset: 0, len: 1024 },
+    Question::Read { offset: 8192, len: 4096 },
+    Question::Extents,
+    Question::Hashes { len: LEN },
+];
+/// What extents and hashes were asked of.
+const LEN: u64 = 65536;
+/// The id that our server gives `base:allocation`.
+const CONTEXT: u32 = 1;
+const MAX_PAYLOAD: u64 = 32 << 20;
+
+/// The source: an honest handshake, four requests taken, and then whatever the input says.
+fn source(stream: UnixStream, replies: &[u8], seed: u8) {
+    let mut export = ExportInfo::new("", 1 << 20, TransmissionFlags::READ_ONLY);
+    export.identity = Some("image:0".into());
+    let (mut server, greeting) = ServerHandshake::new(vec![export]);
+    (&stream).write_all(&greeting).unwrap();
+    loop {
+        let mut bytes = vec![0; server.needs()];
+        (&stream).read_exact(&mut bytes).unwrap();
+        match server.feed(&bytes).unwrap() {
+            ServerStep::Reply(reply) => (&stream).write_all(&reply).unwrap(),
+            ServerStep::Transmission { reply, .. } => {
+                (&stream).write_all(&reply).unwrap();
+                break;
+            }
+            ServerStep::Close { .. } => panic!("we know how to shake hands"),
+        }
+    }
+    let mut requests = [0; QUESTIONS.len() * Request::LEN];
+    (&stream).read_exact(&mut requests).unwrap();
+    send(&stream, &pieces(replies, Lots::new(seed)));
+}
+
+async fn ask(uri: Uri) -> Vec<Outcome> {
+    let source = Source::open(uri, LossPolicy::new(OnLoss::Wait), false).await.unwrap();
+    let read = async |question| {
+        let Question::Read { offset, len } = question else { panic!("a read") };
+        let range = ByteRange::new(offset, len as u64);
+        match source.read(range, Lane::Demand).await {
+            Ok(data) => {
+                let mut bytes = Vec::new();
+                data.pieces(range).iter().for_each(|part| part.append_to(&mut bytes));
+                Outcome::Data(bytes)
+            }
+            Err(FetchError::Refused(Errno(errno))) => Outcome::Refused(errno),
+            Err(FetchError::Unreachable) => Outcome::Lost,
+            Err(FetchError::NoRoom) => panic!("this has nothing to do with room"),
+        }
+    };
+    let range = ByteRange::new(0, LEN);
+    let extents = async {
+        let extents = source.extents(range, Lane::Demand).await;
+        Outcome::Extents(extents.iter().map(|extent| (extent.len_bytes, extent.zero)).collect())
+    };
+    let hashes = async {
+        match source.hashes(range).await {
+            Ok(hashes) => Outcome::Hashes(hashes),
+            Err(Errno(errno)) => Outcome::Refused(errno),
+        }
+    };
+    let gone = async {
+        source.gone().await;
+        source.hang_up();
+    };
+    let (all, ()) = join(join4(read(QUESTIONS[0]), read(QUESTIONS[1]), extents, hashes), gone).await;
+    vec![all.0, all.1, all.2, all.3]
+}
+
+/// What the caller of a link sees of it: not all outcomes can be told from each other.
+fn as_seen(question: Question, outcome: Outcome) -> Outcome {
+    match (question, outcome) {
+        (Question::Extents, Outcome::Refused(_) | Outcome::Lost) => Outcome::Extents(Vec::new()),
+        (Question::Hashes { .. }, Outcome::Lost) => Outcome::Refused(Errno::EIO.0),
+        (_, outcome) => outcome,
+    }
+}
+
+pub fn check(input: &[u8]) {
+    let Some((&seed, stream)) = input.split_first() else { return };
+    let want = outcomes(&QUESTIONS, CONTEXT, MAX_PAYLOAD, stream);
+    let want: Vec<Outcome> =
+        QUESTIONS.into_iter().zip(want).map(|(question, outcome)| as_seen(question, outcome)).collect();
+    let replies = stream.to_vec();
+    let got = Site::with(|site| {
+        let listener = UnixListener::bind(&site.socket).unwrap();
+        let served = site.peer_does(move || source(listener.accept().unwrap().0, &replies, seed));
+        let uri: Uri = format!("nbd+unix:///?socket={}", site.socket.display()).parse().unwrap();
+        let course = async {
+            let (got, served) = join(ask(uri), served).await;
+            served.expect("the peer ends");
+            got
+        };
+        let got = site.reactor.block_on(course).unwrap();
+        std::fs::remove_file(&site.socket).unwrap();
+        got
+    });
+    assert_eq!(got, want);
+}
+
+pub fn seeds() -> Vec<Vec<u8>> {
+    let (more, done) = (ReplyFlags::empty(), ReplyFlags::DONE);
+    let piece = |cookie, flags, offset, data: &[u8]| {
+        let mut out = Vec::new();
+        put_data_chunk_head(&mut out, cookie, flags, offset, data.len() as u32);
+        out.extend_from_slice(data);
+        out
+    };
+    let made = |put: &dyn Fn(&mut Vec<u8>)| {
+        let mut out = Vec::new();
+        put(&mut out);
+        out
+    };
+    let first = piece(1, done, 0, &[1; 1024]);
+    let hole = made(&|out| Hole { offset: 8192, len: 4096 }.put(out, 2, done));
+    let extents = [Extent { len: 4096, flags: StateFlags::ZERO }, Extent { len: 61440, flags: StateFlags::empty() }];
+    let status = made(&|out| put_block_status_chunk(out, 3, done, CONTEXT, &extents));
+    let other_status = made(&|out| put_block_status_chunk(out, 3, more, 9, &extents));
+    let hashes = made(&|out| put_ferry_hashes_chunk(out, 4, done, 0, 4096, &[[7; 32]; 16]));
+    let refusal = |cookie, flags, offset| made(&|out| put_error_chunk(out, cookie, flags, NbdError::Io, "no", offset));
+    let simple = |cookie, error| made(&|out| put_simple_reply(out, cookie, error));
+    let end = |cookie| made(&|out| put_none_chunk(out, cookie));
+    [
+        [first.clone(), hole.clone(), status.clone(), hashes.clone()].concat(),
+        [hashes, other_status, status, refusal(2, done, Some(8192)), refusal(1, done, None)].concat(),
+        [piece(1, more, 512, &[2; 512]), hole, piece(1, done, 0, &[3; 512]), end(3), end(4)].concat(),
+        [simple(1, None), vec![4; 1024], simple(2, Some(NbdError::Inval)), simple(3, None), simple(4, None)].concat(),
+        [refusal(1, more, Some(0)), piece(1, more, 0, &[5; 1024]), end(1), simple(2, Some(NbdError::Shutdown))]
+            .concat(),
+        [first.clone(), first].concat(),
+    ]
+    .into_iter()
+    .map(|stream| [vec![9], stream].concat())
+    .collect()
+}

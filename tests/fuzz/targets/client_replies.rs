@@ -1,0 +1,5 @@
+#![no_main]
+
+use blkferry_fuzz::{offer_seeds, properties};
+
+libfuzzer_sys::fuzz_target!(init: offer_seeds("client_replies"), |input: &[u8]| properties::client_replies::check(input));
