@@ -5,6 +5,8 @@ macro_rules! outln {
     ($($words:tt)*) => { $crate::cli::say(format_args!($($words)*))? };
 }
 
+mod abort;
+mod activate;
 mod attach;
 mod detach;
 mod display;
@@ -12,6 +14,7 @@ mod export;
 mod generate;
 mod launch;
 mod list;
+mod migrate;
 mod recover;
 mod set;
 mod status;
@@ -56,6 +59,9 @@ enum Verb {
     Detach(detach::Args),
     Verify(verify::Args),
     Recover(recover::Args),
+    Migrate(migrate::Args),
+    Activate(activate::Args),
+    Abort(abort::Args),
     #[command(hide = true)]
     Generate(generate::Args),
 }
@@ -73,6 +79,9 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Verb::Detach(args) => detach::run(args),
         Verb::Verify(args) => verify::run(args),
         Verb::Recover(args) => recover::run(args, cli.verbose),
+        Verb::Migrate(args) => migrate::run(args),
+        Verb::Activate(args) => activate::run(args),
+        Verb::Abort(args) => abort::run(args),
         Verb::Generate(args) => generate::run(args),
     }
 }
