@@ -18,6 +18,10 @@ const PACE: Duration = Duration::from_millis(300);
 pub trait World {
     /// How everything is.
     fn look(&mut self) -> View;
+    /// What time it is.
+    fn now(&self) -> Instant {
+        Instant::now()
+    }
     /// Waits until something happens, or so long.
     fn wait(&mut self, at_most: Duration);
     /// How far the memory is.
@@ -90,6 +94,15 @@ pub enum Outcome {
     Abandoned,
 }
 
+/// What a driver knows.
+#[derive(Clone, Debug)]
+pub struct State {
+    own: Own,
+    moments: Moments,
+    continued: Option<Instant>,
+    insisting: Option<Instant>,
+}
+
 /// Moves a guest.
 pub struct Driver<'a, W> {
     world: &'a mut W,
@@ -109,6 +122,27 @@ impl<'a, W: World> Driver<'a, W> {
         Self { world, limits, interrupted, own, moments: Moments::default(), continued: None, insisting: None }
     }
 
+    /// Goes on with what another driver knew, if there is one; see [`Driver::into_state`].
+    pub fn resume(
+        world: &'a mut W,
+        limits: Limits,
+        is_to_run: bool,
+        interrupted: Arc<AtomicBool>,
+        state: Option<State>,
+    ) -> Self {
+        let fresh = Self::new(world, limits, is_to_run, interrupted);
+        match state {
+            None => fresh,
+            Some(State { own, moments, continued, insisting }) => Self { own, moments, continued, insisting, ..fresh },
+        }
+    }
+
+    /// What it knows, for a driver that goes on in its place: the world is free meanwhile.
+    pub fn into_state(self) -> State {
+        let Self { own, moments, continued, insisting, .. } = self;
+        State { own, moments, continued, insisting }
+    }
+
     /// When each phase began.
     pub fn moments(&self) -> &Moments {
         &self.moments
@@ -120,7 +154,7 @@ impl<'a, W: World> Driver<'a, W> {
             let view = self.world.look();
             self.mind_limits();
             let step = next(&view, &self.own);
-            self.moments.enter(&step);
+            self.moments.enter(&step, self.world.now());
             if watcher.before(&step, self.world.memory()).is_break() {
                 return Outcome::Abandoned;
             }
@@ -129,7 +163,7 @@ impl<'a, W: World> Driver<'a, W> {
                 return Outcome::Abandoned;
             }
             if let ControlFlow::Break(outcome) = outcome {
-                self.moments.end();
+                self.moments.end(self.world.now());
                 return outcome;
             }
         }
@@ -139,7 +173,8 @@ impl<'a, W: World> Driver<'a, W> {
         if self.own.gave_up.is_some() || self.own.asked {
             return;
         }
-        let is_late = |since: Option<Instant>, limit: Duration| since.is_some_and(|since| since.elapsed() > limit);
+        let now = self.world.now();
+        let is_late = |since: Option<Instant>, limit: Duration| since.is_some_and(|since| now - since > limit);
         let seconds = |limit: Duration| limit.as_secs();
         self.own.gave_up = match (self.continued, self.limits.memory) {
             _ if self.interrupted.load(Ordering::Relaxed) => Some("interrupted".into()),
@@ -167,7 +202,7 @@ impl<'a, W: World> Driver<'a, W> {
             Step::WaitMemory => self.world.wait(Duration::from_millis(200)),
             Step::WaitSwitchover => return self.wait_switchover(),
             Step::Continue => {
-                self.continued = Some(Instant::now());
+                self.continued = Some(self.world.now());
                 if let Err(why) = self.world.go_on() {
                     return self.give_up(why);
                 }
@@ -203,8 +238,8 @@ impl<'a, W: World> Driver<'a, W> {
     fn wait_switchover(&mut self) -> ControlFlow<Outcome> {
         self.world.wait(Duration::from_millis(100));
         // A source that neither ends nor can be made to: cancelled and not gone, or sending to nobody.
-        let since = *self.continued.get_or_insert_with(Instant::now);
-        if since.elapsed() > self.limits.switchover + INSIST {
+        let since = *self.continued.get_or_insert(self.world.now());
+        if self.world.now() - since > self.limits.switchover + INSIST {
             let why = "its migration neither ends nor can be cancelled".to_owned();
             return ControlFlow::Break(Outcome::Stuck(Stuck::SourceStands(why)));
         }
@@ -213,8 +248,8 @@ impl<'a, W: World> Driver<'a, W> {
 
     /// Tries again for a while.
     fn insist(&mut self, stuck: Stuck) -> ControlFlow<Outcome> {
-        let since = *self.insisting.get_or_insert_with(Instant::now);
-        if since.elapsed() > INSIST {
+        let since = *self.insisting.get_or_insert(self.world.now());
+        if self.world.now() - since > INSIST {
             return ControlFlow::Break(Outcome::Stuck(stuck));
         }
         self.world.wait(PACE);

@@ -29,7 +29,7 @@ mod report;
 
 pub use check::{Block, Found, Problems};
 pub use disks::{activate_all, ask_all};
-pub use driver::{Driver, Limits, NotActive, Outcome, Watcher, World};
+pub use driver::{Driver, Limits, NotActive, Outcome, State, Watcher, World};
 pub use machine::Memory;
 pub use real::{Places, Prepared, Real};
 pub use report::{DiskReport, Moments, Report};

@@ -16,15 +16,15 @@ pub struct Moments {
 
 impl Moments {
     /// A step is about to be done.
-    pub(super) fn enter(&mut self, step: &Step) {
+    pub(super) fn enter(&mut self, step: &Step, now: Instant) {
         let phase = phase_of(step);
         if phase.is_some() && self.began.last().map(|(phase, _)| *phase) != phase {
-            self.began.extend(phase.map(|phase| (phase, Instant::now())));
+            self.began.extend(phase.map(|phase| (phase, now)));
         }
     }
 
-    pub(super) fn end(&mut self) {
-        self.ended = Some(Instant::now());
+    pub(super) fn end(&mut self, now: Instant) {
+        self.ended = Some(now);
     }
 
     /// When the memory began to move.
