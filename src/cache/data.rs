@@ -13,6 +13,7 @@ use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 use nix::unistd::{Whence, lseek};
 
+use crate::beside::sync_dir_of;
 use crate::uring::FileIo;
 
 /// The bytes that QEMU locks on an image (OFD locks): 100+n "permission n in use", 200+n "permission n

@@ -24,7 +24,9 @@ pub use commit::{Commit, CommitReport, Committer, Durable, Step};
 pub use data::{CacheError, DataFile};
 pub use live::{LiveError, LiveMap};
 pub use metadata::{MetadataError, MetadataFile, encode_superblock, file_bytes, map_offset};
-pub use open::{Cache, CacheOptions, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Store, default_metadata_path, peek};
+pub use open::{
+    Cache, CacheOptions, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Store, default_metadata_path, discard, peek,
+};
 pub use page::{CopyState, PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
 pub use recover::{ReadAt, Recovered, Recovery};
-pub use superblock::{CacheState, FORMAT_VERSION, Superblock};
+pub use superblock::{CacheState, FORMAT_VERSION, Gift, Superblock};

@@ -11,8 +11,8 @@ use super::data::{CacheError, DataFile};
 use super::live::{LiveError, LiveMap, boot_id};
 use super::metadata::{MetadataError, MetadataFile, fits};
 use super::recover::Recovered;
-use super::superblock::{CacheState, Superblock};
-use crate::beside::{beside, make_device_dir};
+use super::superblock::{CacheState, Gift, Superblock};
+use crate::beside::{beside, make_device_dir, sync_dir_of};
 use crate::engine::{Geometry, GeometryError, Maps, Words, load_page};
 
 /// Block size of a new cache, where the user names none.
@@ -27,6 +27,8 @@ pub struct SourceFacts {
     pub size_bytes: u64,
     /// What its contents are known by.
     pub identity: String,
+    /// Its disk, if it can give it away: a new cache begins in standby then.
+    pub disk: Option<Uuid>,
 }
 
 /// Where a cache lies and how it is opened.
@@ -44,6 +46,8 @@ pub struct CacheOptions {
     pub forget_unflushed: bool,
     /// Make a new cache of a block device although something is on it.
     pub overwrite: bool,
+    /// A new cache begins in standby, whatever the source is.
+    pub standby: bool,
 }
 
 /// Why a cache could not be opened. Nothing was changed.
@@ -98,6 +102,16 @@ pub enum OpenError {
         then: String,
         /// Where the source was when it was last attached.
         uri: String,
+    },
+    /// The source has another disk.
+    #[error(
+        "the source has disk {now}, and this cache is in standby for disk {then}; attach the right source, or          give this one up with `blkferry abort`"
+    )]
+    DiskChanged {
+        /// The source's disk now.
+        now: String,
+        /// The disk that the cache is in standby for.
+        then: Uuid,
     },
     /// Asked for another block size.
     #[error("this cache has blocks of {found} bytes, not {asked}; leave --block-size out")]
@@ -182,6 +196,11 @@ impl Store {
         LiveMap::discard(&self.live_path)
     }
 
+    /// Records a step of a handoff.
+    pub fn record(&mut self, change: impl FnOnce(&mut Superblock)) -> io::Result<()> {
+        self.committer.update(&self.metadata, change)
+    }
+
     /// The superblock.
     pub fn superblock(&self) -> &Superblock {
         self.committer.superblock()
@@ -213,7 +232,7 @@ impl Cache {
             check_same(&superblock, source, options.block_bytes)?;
             check_fits(&Superblock { source: source.uri.clone(), ..superblock })?;
         }
-        let superblock = if fresh { Some(new_superblock(source, block_bytes)?) } else { None };
+        let superblock = if fresh { Some(new_superblock(source, block_bytes, options.standby)?) } else { None };
         let made_by_us = !options.data.exists();
         let data = DataFile::open(&options.data, &options.metadata, source.size_bytes, fresh)?;
         if fresh && data.is_device() && !options.overwrite {
@@ -272,6 +291,17 @@ impl Cache {
     }
 }
 
+/// Removes a cache in which nothing is: its metadata, and the data file if nothing was ever written to it.
+pub fn discard(data: &Path, metadata: &Path) -> io::Result<()> {
+    use std::os::unix::fs::MetadataExt;
+    fs::remove_file(metadata)?;
+    sync_dir_of(metadata)?;
+    match fs::metadata(data) {
+        Ok(meta) if meta.is_file() && meta.blocks() == 0 => fs::remove_file(data),
+        _ => Ok(()),
+    }
+}
+
 /// Do two paths lead to one file, which need not be there yet?
 fn is_same_file(one: &Path, other: &Path) -> bool {
     use std::os::unix::fs::MetadataExt;
@@ -285,18 +315,22 @@ fn is_same_file(one: &Path, other: &Path) -> bool {
     }
 }
 
-fn new_superblock(source: &SourceFacts, block_bytes: u64) -> Result<Superblock, OpenError> {
+fn new_superblock(source: &SourceFacts, block_bytes: u64, standby: bool) -> Result<Superblock, OpenError> {
+    let standby = standby || source.disk.is_some();
     let superblock = Superblock {
         uuid: Uuid::new_v4(),
-        epoch: 1,
+        epoch: if standby { 0 } else { 1 },
         size_bytes: source.size_bytes,
         block_bytes,
         source: source.uri.clone(),
         source_identity: source.identity.clone(),
-        state: CacheState::Active,
+        state: if standby { CacheState::Standby } else { CacheState::Active },
         dirty_exact: true,
         clean: true,
         boot_id: String::new(),
+        gift: source.disk.map(|disk| Gift { disk, epoch: 0 }),
+        floor: 0,
+        given_to: None,
     };
     check_fits(&superblock)?;
     Ok(superblock)
@@ -305,8 +339,17 @@ fn new_superblock(source: &SourceFacts, block_bytes: u64) -> Result<Superblock, 
 /// Room must also be there for what is filled in later.
 fn check_fits(superblock: &Superblock) -> Result<(), OpenError> {
     let boot_id = Uuid::nil().to_string();
-    let fullest =
-        Superblock { boot_id, clean: false, dirty_exact: false, state: CacheState::Complete, ..superblock.clone() };
+    let fullest = Superblock {
+        boot_id,
+        clean: false,
+        dirty_exact: false,
+        state: CacheState::Complete,
+        gift: Some(Gift { disk: Uuid::nil(), epoch: u64::MAX }),
+        floor: u64::MAX,
+        given_to: Some(Uuid::nil()),
+        epoch: u64::MAX,
+        ..superblock.clone()
+    };
     if fits(&fullest) { Ok(()) } else { Err(OpenError::NamesTooLong(superblock.source.len())) }
 }
 
@@ -316,7 +359,14 @@ fn check_same(superblock: &Superblock, source: &SourceFacts, block_bytes: Option
         let verb = if now < then { "shrank" } else { "grew" };
         return Err(OpenError::SizeChanged { verb, now, then });
     }
-    if source.identity != superblock.source_identity {
+    let waits = matches!(superblock.state, CacheState::Standby | CacheState::Declined);
+    if waits {
+        // The source is still written to: what counts is which disk it is.
+        if let Some(Gift { disk: then, .. }) = superblock.gift.filter(|gift| source.disk != Some(gift.disk)) {
+            let now = source.disk.map_or("of its own that cannot be given away".into(), |disk| disk.to_string());
+            return Err(OpenError::DiskChanged { now, then });
+        }
+    } else if source.identity != superblock.source_identity {
         let (now, then) = (source.identity.clone(), superblock.source_identity.clone());
         return Err(OpenError::IdentityChanged { now, then, uri: superblock.source.clone() });
     }

@@ -6,14 +6,29 @@ use uuid::Uuid;
 /// Version of the metadata format that this program writes, and the newest that it reads.
 pub const FORMAT_VERSION: u32 = 1;
 
-/// How far a cache has come. It only moves forward.
+/// How far a cache has come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CacheState {
+    /// The disk is still the source's: nothing is here.
+    Standby,
+    /// It was in standby, and will never be anything else.
+    Declined,
     /// Blocks are absent, or not committed.
     Active,
     /// All blocks are present and committed: the cache is a plain raw image.
     Complete,
+    /// It was given to another host; blocks may be absent.
+    Away,
+}
+
+/// The disk of the source that a cache is made from.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Gift {
+    /// The disk's own name.
+    pub disk: Uuid,
+    /// The epoch that began there when it was given; 0 before.
+    pub epoch: u64,
 }
 
 /// The body of the superblock, kept as JSON inside a sealed page.
@@ -40,4 +55,17 @@ pub struct Superblock {
     pub clean: bool,
     /// Boot id of the host on which a daemon last opened it.
     pub boot_id: String,
+    /// What was given, if the source can give its disk away.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gift: Option<Gift>,
+    /// In standby: what is given in an earlier epoch than this is not accepted. 0: nothing was ever called off.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub floor: u64,
+    /// Who it was given to.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given_to: Option<Uuid>,
+}
+
+fn is_zero(number: &u64) -> bool {
+    *number == 0
 }

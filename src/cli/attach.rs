@@ -7,9 +7,9 @@ use clap::ValueEnum;
 
 use super::launch::{Manner, launch};
 use crate::control::RunDir;
-use crate::daemon::{self, DaemonOptions, OnLoss, UblkOptions};
+use crate::daemon::{self, DaemonOptions, OnLoss, Standby, UblkOptions};
 use crate::device::Mode;
-use crate::nbd::Uri;
+use crate::nbd::{Address, Uri};
 use crate::size::{ParseSizeError, parse_size};
 use crate::ublk::{self, MAX_DEPTH, MAX_QUEUES};
 
@@ -21,6 +21,14 @@ enum Frontend {
     Ublk,
     /// An NBD export on a unix socket.
     Nbd,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Activate {
+    /// When it is told to.
+    Manual,
+    /// With the guest's first write, which waits until the source has given the disk.
+    OnWrite,
 }
 
 /// Attach a disk whose blocks are still elsewhere
@@ -79,6 +87,16 @@ pub(super) struct Args {
     /// Make a new cache of a block device although there is something on it, which is lost then
     #[arg(long)]
     overwrite: bool,
+    /// Leave the disk with the source, which may go on writing to it, until `activate`: reads pass through, writes are
+    /// refused, nothing is kept
+    #[arg(long)]
+    standby: bool,
+    /// What ends standby: `blkferry activate`, or the guest's first write (for libvirt, which tells nobody)
+    #[arg(long, value_enum, default_value_t = Activate::Manual, requires = "standby")]
+    activate: Activate,
+    /// Offer the device to the next host there. Can be changed live
+    #[arg(long, value_name = "HOST:PORT|unix:PATH")]
+    export: Option<Address>,
     #[command(flatten)]
     manner: Manner,
 }
@@ -134,6 +152,11 @@ fn options(args: &Args) -> DaemonOptions {
         forget_unflushed: args.forget_unflushed,
         ublk: wants_ublk.then_some(ublk),
         overwrite: args.overwrite,
+        standby: args.standby.then_some(match args.activate {
+            Activate::Manual => Standby::Manual,
+            Activate::OnWrite => Standby::OnWrite,
+        }),
+        export: args.export.clone(),
     }
 }
 

@@ -15,6 +15,7 @@ mod generate;
 mod launch;
 mod list;
 mod migrate;
+mod reclaim;
 mod recover;
 mod set;
 mod status;
@@ -62,6 +63,7 @@ enum Verb {
     Migrate(migrate::Args),
     Activate(activate::Args),
     Abort(abort::Args),
+    Reclaim(reclaim::Args),
     #[command(hide = true)]
     Generate(generate::Args),
 }
@@ -82,6 +84,7 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Verb::Migrate(args) => migrate::run(args),
         Verb::Activate(args) => activate::run(args),
         Verb::Abort(args) => abort::run(args),
+        Verb::Reclaim(args) => reclaim::run(args),
         Verb::Generate(args) => generate::run(args),
     }
 }

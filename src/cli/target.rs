@@ -132,6 +132,8 @@ fn help() -> anyhow::Result<()> {
 
 fn add_options(add: &Add) -> DaemonOptions {
     DaemonOptions {
+        standby: None,
+        export: None,
         source: add.source.clone(),
         cache: add.file.clone(),
         metadata: None,

@@ -3,18 +3,21 @@
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
 use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender;
 
 use super::Wish;
+use super::export_side::ExportSide;
+use super::hands::Hands;
 use super::rate::RateMeter;
 use crate::cache::SourceFacts;
 use crate::control::{
     BlockStatus, ByteStatus, CacheStatus, Detached, FrontendStatus, Handler, HydrateStatus, SourceStatus, State,
-    Status, WireStatus,
+    Status, Taken, WireStatus,
 };
-use crate::device::{Core, HydrationState, Mode, Verifier, VerifyProgress, VerifyReport};
+use crate::device::{Core, HydrationState, Mode, Phase, Verifier, VerifyProgress, VerifyReport};
+use crate::nbd::Address;
 use crate::remote::{LossPolicy, OnLoss, OnLossError, SourceStats};
 use crate::server::ServeStats;
 use crate::ublk::DeviceInfo;
@@ -36,12 +39,21 @@ pub(super) struct Meters {
     pub(super) serve: ServeStats,
 }
 
+/// What else can be asked of the device.
+pub(super) struct Sides {
+    pub(super) verifier: Verifier,
+    pub(super) hands: Arc<Hands>,
+    pub(super) export: ExportSide,
+}
+
 pub(super) struct DaemonHandler {
     core: Arc<Core>,
     started: Instant,
     device: DeviceFacts,
     meters: Meters,
     verifier: Mutex<Verifier>,
+    hands: Arc<Hands>,
+    export: ExportSide,
     rate: Mutex<RateMeter>,
     wishes: Mutex<Sender<Wish>>,
     answered: Mutex<Option<Sender<()>>>,
@@ -65,7 +77,7 @@ impl DaemonHandler {
         core: Arc<Core>,
         device: DeviceFacts,
         meters: Meters,
-        verifier: Verifier,
+        sides: Sides,
         wishes: Sender<Wish>,
     ) -> Self {
         Self {
@@ -73,11 +85,22 @@ impl DaemonHandler {
             started: Instant::now(),
             device,
             meters,
-            verifier: Mutex::new(verifier),
+            verifier: Mutex::new(sides.verifier),
+            hands: sides.hands,
+            export: sides.export,
             rate: Mutex::default(),
             wishes: Mutex::new(wishes),
             answered: Mutex::default(),
         }
+    }
+
+    /// Offers the device to other hosts.
+    pub(super) fn export(&self, address: &Address) -> Result<String, String> {
+        self.export.start(address)
+    }
+
+    pub(super) fn stop_export(&self) {
+        self.export.stop();
     }
 
     pub(super) fn cache_path(&self) -> String {
@@ -111,6 +134,8 @@ impl DaemonHandler {
         let health = &self.core.health;
         match () {
             () if health.has_failed() => State::Failed,
+            () if self.core.gate.phase() == Phase::Standby => State::Standby,
+            () if self.core.gate.phase() == Phase::Away => State::Away,
             () if health.is_complete() => State::Complete,
             () if health.lost().is_some() => State::Degraded,
             () => State::Active,
@@ -127,6 +152,7 @@ impl DaemonHandler {
             state: self.state(),
             failure: health.failed(),
             source_needed: !health.is_complete(),
+            handoff: self.hands.status(),
             pid: std::process::id(),
             version: env!("CARGO_PKG_VERSION").into(),
             uptime_s: self.started.elapsed().as_secs_f64(),
@@ -217,8 +243,14 @@ impl Handler for DaemonHandler {
                 self.device.policy.set(policy);
                 Ok(policy.to_string())
             }
+            "export" if value == "off" => {
+                self.export.close();
+                Ok("off".into())
+            }
+            "export" => self.export(&value.parse().map_err(|e: crate::nbd::UriError| e.to_string())?),
             _ => Err(format!(
-                "there is no setting {key:?}; use hydrate=auto|off|RATE or on-source-loss=wait|fail-after:DURATION"
+                "there is no setting {key:?}; use hydrate=auto|off|RATE, on-source-loss=wait|fail-after:DURATION, or \
+                 export=HOST:PORT|unix:PATH|off"
             )),
         }
     }
@@ -228,6 +260,28 @@ impl Handler for DaemonHandler {
         let (tell, answered) = crossbeam::channel::bounded(1);
         *lock(&self.answered) = Some(tell);
         let wish = Wish::Detach { incomplete, answer, answered };
+        lock(&self.wishes).send(wish).map_err(|_| "the daemon is stopping already".to_owned())?;
+        said.recv().unwrap_or_else(|_| Err("the daemon is stopping already".into()))
+    }
+
+    fn take(&self, wait: Duration) -> Result<Taken, String> {
+        self.hands.take(wait)
+    }
+
+    fn activate(&self, wait: Duration) -> Result<Taken, String> {
+        self.hands.activate(wait)
+    }
+
+    fn call_off(&self) -> Result<(), String> {
+        self.hands.call_off()
+    }
+
+    fn abort(&self) -> Result<(), String> {
+        self.hands.abort()?;
+        let (answer, said) = crossbeam::channel::bounded(1);
+        let (tell, answered) = crossbeam::channel::bounded(1);
+        *lock(&self.answered) = Some(tell);
+        let wish = Wish::Vanish { answer, answered };
         lock(&self.wishes).send(wish).map_err(|_| "the daemon is stopping already".to_owned())?;
         said.recv().unwrap_or_else(|_| Err("the daemon is stopping already".into()))
     }

@@ -7,7 +7,9 @@
 //! Invariant: whatever fails on the way up leaves the cache as it was; whatever ends the daemon in order
 //! leaves everything acknowledged on disk, and says so in the superblock.
 
+mod export_side;
 mod handler;
+mod hands;
 mod rate;
 mod signals;
 mod start;
@@ -21,19 +23,22 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 
-use crate::cache::{MetadataError, OpenError};
+use crate::cache::{MetadataError, OpenError, discard};
 use crate::control::{Claim, Detached, Entry, NameError, RunDir, RunDirError, Status, UblkEntry};
 use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Mode};
 use crate::frontend::{Frontend, FrontendError, ShapeError};
-use crate::nbd::Uri;
+use crate::nbd::{Address, Uri};
 pub use crate::remote::OnLoss;
 use crate::ublk::{UblkError, prepare_process};
 use crate::uring::{BindError, UringError, require_io_uring};
 
 use handler::DaemonHandler;
+use hands::Hands;
 pub use signals::{SignalError, wait_for_stop_signal};
 pub use ublk::{UblkOptions, forget, recovery_of, waits_for_daemon};
 
+/// How long a plain attach waits for those who still write to the source.
+const TAKE_PATIENCE: Duration = Duration::from_secs(2);
 /// Pace of the daemon's own housekeeping, and of progress displays.
 const TICK: Duration = Duration::from_millis(500);
 
@@ -62,6 +67,19 @@ pub struct DaemonOptions {
     pub ublk: Option<UblkOptions>,
     /// Make a new cache of a block device although something is on it.
     pub overwrite: bool,
+    /// Leave the disk with the source until it is taken over.
+    pub standby: Option<Standby>,
+    /// Offer the device to other hosts there.
+    pub export: Option<Address>,
+}
+
+/// How a device leaves standby.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Standby {
+    /// When it is told to.
+    Manual,
+    /// With the guest's first write.
+    OnWrite,
 }
 
 /// Why a device did not come up, or did not go down in order.
@@ -149,6 +167,20 @@ pub enum DaemonError {
     /// The last commit failed.
     #[error("the cache was not left in order: {0}; what was not flushed before may be lost")]
     Unclean(#[source] io::Error),
+    /// The source did not give its disk.
+    #[error("{0}")]
+    Kept(String),
+    /// Taken back at the source.
+    #[error(
+        "the source's disk was given to this cache in epoch {then}, and was taken back there since (its epoch is {now}): \
+         what this cache and the source hold is not one disk any more"
+    )]
+    TakenBack {
+        /// The epoch in which it was given.
+        then: u64,
+        /// The source's epoch, if it tells one.
+        now: String,
+    },
     /// Signals cannot be waited for.
     #[error(transparent)]
     Signal(#[from] SignalError),
@@ -165,7 +197,16 @@ pub trait Observer {
 /// What ends the main loop.
 enum Wish {
     Stop,
-    Detach { incomplete: bool, answer: Sender<Result<Detached, String>>, answered: Receiver<()> },
+    Detach {
+        incomplete: bool,
+        answer: Sender<Result<Detached, String>>,
+        answered: Receiver<()>,
+    },
+    /// It was aborted: nothing is to stay.
+    Vanish {
+        answer: Sender<Result<(), String>>,
+        answered: Receiver<()>,
+    },
 }
 
 /// Runs a device until it is detached or told to stop by a signal.
@@ -188,7 +229,9 @@ pub fn run(options: &DaemonOptions, observer: &mut dyn Observer) -> Result<(), D
     if !recovering {
         ublk::refuse_orphans(&run_dir, &claim, options)?;
     }
-    let up = start::start(options, &run_dir, &mut claim, wishes).and_then(Daemon::go_live);
+    let up = start::start(options, &run_dir, &mut claim, wishes)
+        .and_then(|daemon| daemon.take_over(options))
+        .and_then(Daemon::go_live);
     let daemon = match up {
         Ok(daemon) => daemon,
         Err(error) => {
@@ -253,9 +296,32 @@ struct Daemon {
     fetch: FetchThread,
     commit: CommitThread,
     entry: Entry,
+    hands: Arc<Hands>,
+    /// Nothing was there before.
+    is_fresh: bool,
+    metadata: PathBuf,
 }
 
 impl Daemon {
+    /// Without standby the disk is taken over at once; on failure all is as it was.
+    fn take_over(self, options: &DaemonOptions) -> Result<Self, DaemonError> {
+        if options.standby.is_some() || !self.hands.waits() {
+            return Ok(self);
+        }
+        match self.hands.activate(TAKE_PATIENCE) {
+            Ok(_) => Ok(self),
+            Err(why) => {
+                let undo = self.is_fresh.then(|| self.hands.abort());
+                let (is_fresh, cache, metadata) = (self.is_fresh, self.entry.cache.clone(), self.metadata.clone());
+                self.stop().unwrap_or_else(|e| log::warn!("{e}"));
+                if is_fresh && undo == Some(Ok(())) {
+                    discard(&cache, &metadata).unwrap_or_else(|e| log::warn!("{}: {e}", metadata.display()));
+                }
+                Err(DaemonError::Kept(why))
+            }
+        }
+    }
+
     /// Lets the guest in; on failure nothing stays but a device that was to be taken over.
     fn go_live(mut self) -> Result<Self, DaemonError> {
         match self.frontend.go_live() {
@@ -290,6 +356,25 @@ impl Daemon {
                     }
                     Err(e) => log::warn!("{e}"),
                 },
+                Ok(Wish::Vanish { answer, answered }) => {
+                    if let Err(e) = self.frontend.close() {
+                        // Whoever asked waits for this.
+                        let _ = answer.send(Err(e.to_string()));
+                        continue;
+                    }
+                    let (cache, metadata) = (self.entry.cache.clone(), self.metadata.clone());
+                    let result = self.stop();
+                    let gone = result
+                        .as_ref()
+                        .map_err(ToString::to_string)
+                        .and_then(|()| discard(&cache, &metadata).map_err(|e| format!("{}: {e}", metadata.display())));
+                    if let Some(claim) = claim.take() {
+                        claim.release();
+                    }
+                    let _ = answer.send(gone);
+                    let _ = answered.recv_timeout(Duration::from_secs(5));
+                    return result.map(|()| End::Gone);
+                }
                 Ok(Wish::Detach { incomplete, answer, answered }) => {
                     if !incomplete && !self.core.health.is_complete() && self.core.maps().absent_count() > 0 {
                         // Whoever asked waits for this.
@@ -335,6 +420,7 @@ impl Daemon {
     }
 
     fn stop(self) -> Result<(), DaemonError> {
+        self.handler.stop_export();
         // Queues that cannot be stopped may still write: then the cache is not called clean.
         self.frontend.stop()?;
         self.fetch.stop();

@@ -4,24 +4,35 @@
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::time::Duration;
 
-use crossbeam::channel::Sender;
+use crossbeam::channel::{Receiver, Sender};
 
-use super::handler::{DaemonHandler, DeviceFacts, Meters};
-use super::{Daemon, DaemonError, DaemonOptions, Wish, ublk};
+use super::export_side::ExportSide;
+use super::handler::{DaemonHandler, DeviceFacts, Meters, Sides};
+use super::hands::{Hands, phase_of, right_of};
+use super::{Daemon, DaemonError, DaemonOptions, Standby, Wish, ublk};
 use crate::cache::{
     Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Superblock, default_metadata_path,
     peek,
 };
 use crate::control::{Claim, ControlServer, Entry, RunDir};
-use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Hydration, MAX_FETCH_BYTES, SourceHello};
+use crate::device::{
+    CommitThread, Core, FetchThread, FetchThreadError, Gate, Hydration, MAX_FETCH_BYTES, SourceHello, SourceSide,
+};
 use crate::engine::{Engine, EngineConfig, Geometry};
 use crate::frontend::{Frontend, NbdFrontend, Presentation, UblkFrontend, UblkShape, logical_bytes};
-use crate::nbd::Address;
-use crate::remote::LossPolicy;
+use crate::handoff::Right;
+use crate::nbd::{Address, Standing};
+use crate::remote::{Expect, LossPolicy};
 use crate::server::ServeStats;
 use crate::ublk::Device;
-use crate::uring::{Listener, bind_private};
+use crate::uring::{FileIo, Listener, bind_private};
+
+/// How long a guest's first write makes the source wait for those who still write there, at a time.
+const WRITE_PATIENCE: Duration = Duration::from_secs(5);
+/// Pause before it is tried again.
+const RETRY_PAUSE: Duration = Duration::from_millis(200);
 
 /// Where everything of a device is, as absolute paths.
 struct Places {
@@ -99,7 +110,7 @@ pub(super) fn start(
     }
     let policy = LossPolicy::new(options.on_source_loss);
     let up = start_on(options, run_dir, &places, &policy, door);
-    let (core, frontend, fetch, commit, facts, meters) = match up {
+    let Up { core, frontend, fetch, commit, facts, meters, hands, is_fresh, file, rung } = match up {
         Ok(up) => up,
         Err(error) => {
             // Gone already is as good.
@@ -114,15 +125,49 @@ pub(super) fn start(
         ublk: info,
         source: facts,
         cache: places.data,
-        metadata: places.metadata,
+        metadata: places.metadata.clone(),
     };
-    let handler = Arc::new(DaemonHandler::new(core.clone(), device, meters, fetch.verifier(), wishes));
+    let export = ExportSide::new(core.clone(), file, options.name.clone(), hands.clone());
+    let sides = Sides { verifier: fetch.verifier(), hands: hands.clone(), export };
+    let handler = Arc::new(DaemonHandler::new(core.clone(), device, meters, sides, wishes));
     ControlServer::start(control, handler.clone())
         .map_err(|e| DaemonError::Io("cannot start the control thread", e))?;
-    Ok(Daemon { core, handler, frontend, fetch, commit, entry })
+    if let Some(rung) = rung {
+        activate_on_write(hands.clone(), rung).map_err(|e| DaemonError::Io("cannot start the handoff thread", e))?;
+    }
+    if let Some(address) = &options.export {
+        handler.export(address).map_err(DaemonError::Kept)?;
+    }
+    Ok(Daemon { core, handler, frontend, fetch, commit, entry, hands, is_fresh, metadata: places.metadata })
 }
 
-type Up = (Arc<Core>, Frontend, FetchThread, CommitThread, SourceFacts, Meters);
+struct Up {
+    core: Arc<Core>,
+    frontend: Frontend,
+    fetch: FetchThread,
+    commit: CommitThread,
+    facts: SourceFacts,
+    meters: Meters,
+    hands: Arc<Hands>,
+    is_fresh: bool,
+    file: FileIo,
+    /// Rings when a guest writes in standby.
+    rung: Option<Receiver<()>>,
+}
+
+/// Waits for the guest's first write.
+fn activate_on_write(hands: Arc<Hands>, rung: Receiver<()>) -> io::Result<()> {
+    let wait_for_write = move || {
+        while rung.recv().is_ok() && hands.waits() {
+            if let Err(why) = hands.activate(WRITE_PATIENCE) {
+                log::warn!("a write waits for the handoff: {why}");
+                std::thread::sleep(RETRY_PAUSE);
+                hands.ring();
+            }
+        }
+    };
+    std::thread::Builder::new().name("handoff".into()).spawn(wait_for_write).map(drop)
+}
 
 fn start_on(
     options: &DaemonOptions,
@@ -147,6 +192,7 @@ fn start_on(
             block_bytes,
             forget_unflushed: options.forget_unflushed,
             overwrite: options.overwrite,
+            standby: options.standby.is_some(),
         },
         &facts,
     )?;
@@ -158,8 +204,18 @@ fn start_on(
     };
     let engine = Engine::new(cache.maps.clone(), config);
     let (commits, requests) = crossbeam::channel::unbounded();
-    let queues = if let Door::Ublk(device) = &door { usize::from(device.info().queues) } else { 1 };
-    let core = Arc::new(Core::new(engine, queues, fetch.mailbox(), commits, Hydration::new(options.hydrate)));
+    let superblock = cache.store.superblock().clone();
+    expect(&fetch.source_side(), &superblock, hello.as_ref())?;
+    // One more, for those who get the device from here.
+    let queues = 1 + if let Door::Ublk(device) = &door { usize::from(device.info().queues) } else { 1 };
+    let on_write = options.standby == Some(Standby::OnWrite) && right_of(&superblock) == Right::Standby;
+    let (bell, rung) = on_write.then(|| crossbeam::channel::bounded(1)).unzip();
+    let gate = Gate::new(phase_of(&superblock), queues, bell);
+    let hydration = Hydration::new(options.hydrate);
+    let core = Arc::new(Core::new(engine, queues, fetch.mailbox(), commits, hydration, gate));
+    let standing = hello.as_ref().and_then(|hello| hello.standing.as_ref());
+    let hands = Hands::new(options.name.clone(), core.clone(), fetch.source_side(), &superblock, standing);
+    let hands = Arc::new(hands);
     let commit = CommitThread::start(core.clone(), cache.store, requests);
     let commit = commit.map_err(|e| DaemonError::Io("cannot start the commit thread", e))?;
     let fast_zero = cache.data.punches_holes(core.geometry().size_bytes());
@@ -184,9 +240,31 @@ fn start_on(
             }
         }
     };
-    fetch.begin(core.clone(), file);
+    fetch.begin(core.clone(), file.clone());
     let source = hello.map(|h| h.stats).unwrap_or_default();
-    Ok((core, frontend, fetch, commit, facts, Meters { source, serve }))
+    let meters = Meters { source, serve };
+    Ok(Up { core, frontend, fetch, commit, facts, meters, hands, is_fresh: known.is_none(), file, rung })
+}
+
+/// What the source has to be, now and whenever it comes back.
+fn expect(source: &SourceSide, superblock: &Superblock, hello: Option<&SourceHello>) -> Result<(), DaemonError> {
+    let Some(hello) = hello else { return Ok(()) };
+    let expected = match (right_of(superblock), superblock.gift) {
+        (Right::Standby | Right::Declined, Some(gift)) => Expect::Disk(gift.disk),
+        (Right::Standby | Right::Declined, None) => Expect::Size,
+        (Right::Active, None) => return Ok(()),
+        (Right::Active, Some(gift)) => {
+            let (to, epoch) = (superblock.uuid, gift.epoch);
+            let ours = |standing: &&Standing| standing.given_to == Some(to) && standing.epoch == epoch;
+            if hello.standing.as_ref().filter(ours).is_none() {
+                let now = hello.standing.as_ref().map_or("unknown".into(), |standing| standing.epoch.to_string());
+                return Err(DaemonError::TakenBack { then: epoch, now });
+            }
+            Expect::Gift { to, epoch }
+        }
+    };
+    source.expect(expected, hello.identity.clone());
+    Ok(())
 }
 
 /// Connects to the source; a complete cache goes on without one.
@@ -212,7 +290,8 @@ fn facts_of(options: &DaemonOptions, known: Option<&Superblock>, hello: Option<&
         (None, Some(known)) => (known.size_bytes, known.source_identity.clone()),
         (None, None) => unreachable!("only a cache that is complete goes without a source"),
     };
-    SourceFacts { uri: options.source.to_string(), size_bytes, identity }
+    let disk = hello.and_then(|hello| hello.standing.as_ref()).map(|standing| standing.disk);
+    SourceFacts { uri: options.source.to_string(), size_bytes, identity, disk }
 }
 
 /// The block size to open with: as asked for; for a new cache at least the source's own unit.

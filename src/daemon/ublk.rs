@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
 
-use super::{DaemonError, DaemonOptions, ublksrv};
+use super::{DaemonError, DaemonOptions, Standby, ublksrv};
 use crate::control::{Claim, Entry, RunDir, UblkEntry};
 use crate::ublk::{self, Device, UblkError, Wanted};
 
@@ -88,6 +88,9 @@ pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, Daemon
     let ublk = ublk.ok_or_else(unknown)?;
     let damaged = |what: String| DaemonError::Entry { name: name.clone(), what };
     Ok(DaemonOptions {
+        // One that was in standby stays so.
+        standby: Some(Standby::Manual),
+        export: None,
         source: ublk.source.parse().map_err(|e| damaged(format!("{e}")))?,
         cache,
         metadata: Some(ublk.metadata),

@@ -10,7 +10,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError};
 
 use super::core::Core;
 use super::messages::CommitRequest;
-use crate::cache::{CacheState, Store};
+use crate::cache::{CacheState, Store, Superblock};
 use crate::engine::{Errno, Event};
 
 /// Bits of merely fetched blocks are committed at this pace.
@@ -24,7 +24,9 @@ pub struct CommitThread {
 impl CommitThread {
     /// Starts it; it owns the metadata from now on.
     pub(crate) fn start(core: Arc<Core>, store: Store, requests: Receiver<CommitRequest>) -> io::Result<Self> {
-        if store.superblock().state == CacheState::Complete {
+        let all_committed = core.maps().absent_count() == 0 && !core.maps().has_uncommitted();
+        let state = store.superblock().state;
+        if state == CacheState::Complete || (state == CacheState::Away && all_committed) {
             core.health.set_complete();
         }
         let run = move || Thread { core, store }.run(&requests);
@@ -69,6 +71,10 @@ impl Thread {
                         due = Instant::now();
                     }
                 }
+                Ok(CommitRequest::Record { change, answer }) => {
+                    // Whoever asked waits for this.
+                    let _ = answer.send(self.record(change));
+                }
                 Ok(CommitRequest::Stop(answer)) => {
                     // Whoever asked waits for this.
                     let _ = answer.send(self.stop());
@@ -98,6 +104,16 @@ impl Thread {
         }
     }
 
+    /// What a handoff says must be as durable as what it says it about.
+    fn record(&mut self, change: impl FnOnce(&mut Superblock)) -> io::Result<()> {
+        if let Some(reason) = self.core.health.failed() {
+            return Err(io::Error::other(reason));
+        }
+        self.store.commit(self.core.maps()).inspect_err(|e| self.fail(&format!("a commit failed: {e}")))?;
+        // If this fails it may be on disk or not: nobody can go on from here.
+        self.store.record(change).inspect_err(|e| self.fail(&format!("the superblock cannot be written: {e}")))
+    }
+
     fn fail(&self, reason: &str) {
         log::error!("{reason}: the device stops for good; what was not flushed before may be lost");
         self.core.health.set_failed(reason.into());
@@ -112,7 +128,13 @@ impl Thread {
         if health.is_complete() || health.has_failed() || maps.absent_count() > 0 {
             return;
         }
-        match self.store.record_complete() {
+        let recorded = match self.store.superblock().state {
+            // One that was given away stays so; that all is here shows in the maps.
+            CacheState::Away => Ok(()),
+            CacheState::Active | CacheState::Complete => self.store.record_complete(),
+            CacheState::Standby | CacheState::Declined => return,
+        };
+        match recorded {
             Ok(()) => {
                 health.set_complete();
                 log::info!("complete: all blocks are here and committed, the source is no longer needed");

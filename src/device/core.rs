@@ -1,13 +1,16 @@
 //! What the threads of a device share.
 
+use std::io;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender;
 
+use super::gate::Gate;
 use super::hydration::Hydration;
 use super::messages::{CommitRequest, FetchRequest, QueueMessage};
+use crate::cache::Superblock;
 use crate::engine::{Action, ByteRange, Engine, Event, Geometry, Maps, OpId};
 use crate::remote::FetchedData;
 use crate::uring::Mailbox;
@@ -106,6 +109,8 @@ pub struct Core {
     pub health: Health,
     /// Background fetching.
     pub hydration: Hydration,
+    /// Who may change the disk.
+    pub gate: Gate,
 }
 
 impl Core {
@@ -116,6 +121,7 @@ impl Core {
         fetcher: Mailbox<FetchRequest>,
         commits: Sender<CommitRequest>,
         hydration: Hydration,
+        gate: Gate,
     ) -> Self {
         Self {
             maps: engine.maps().clone(),
@@ -126,6 +132,7 @@ impl Core {
             counters: Counters::default(),
             health: Health::default(),
             hydration,
+            gate,
         }
     }
 
@@ -142,6 +149,11 @@ impl Core {
     /// Guest requests that the engine has not answered.
     pub fn open_requests(&self) -> usize {
         lock(&self.engine).open_requests()
+    }
+
+    /// The queue beside those of the frontend.
+    pub fn last_queue(&self) -> u16 {
+        self.queues.len() as u16 - 1
     }
 
     pub(super) fn queue(&self, index: u16) -> &Mailbox<QueueMessage> {
@@ -200,6 +212,13 @@ impl Core {
     pub(super) fn request_commit(&self, request: CommitRequest) {
         // The commit thread outlives the others; after it there is nobody left to tell.
         let _ = self.commits.send(request);
+    }
+
+    /// Commits, then changes the superblock; both are durable when it returns. Blocks.
+    pub fn record(&self, change: impl FnOnce(&mut Superblock) + Send + 'static) -> io::Result<()> {
+        let (answer, done) = crossbeam::channel::bounded(1);
+        self.request_commit(CommitRequest::Record { change: Box::new(change), answer });
+        done.recv().unwrap_or_else(|_| Err(io::Error::other("the commit thread has ended")))
     }
 
     /// Are all blocks of a range in the cache?

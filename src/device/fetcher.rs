@@ -6,6 +6,7 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Duration;
 
 use crossbeam::channel::Sender;
 
@@ -13,8 +14,10 @@ use super::core::Core;
 use super::messages::FetchRequest;
 use super::verify::{Verifier, verify};
 use crate::engine::{BlockRun, ByteRange, Errno, Event, Extent, FetchError, FetchId, Lane};
-use crate::nbd::Uri;
-use crate::remote::{DialError, FetchedData, LossPolicy, Lost, Source, SourceEvents, SourceStats};
+use crate::nbd::{Ask, Standing, Told, Uri};
+use crate::remote::{
+    DialError, Expect, FetchedData, HandOffError, LossPolicy, Lost, Source, SourceEvents, SourceStats,
+};
 use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, UringError, ZeroMode, spawn};
 
 /// Most bytes that one fetch asks for.
@@ -46,6 +49,8 @@ pub struct SourceHello {
     pub max_read_bytes: u64,
     /// Smallest unit of a read, in bytes.
     pub min_read_bytes: u64,
+    /// How its disk stands, if it can change hands.
+    pub standing: Option<Standing>,
     /// Its counters.
     pub stats: SourceStats,
 }
@@ -97,6 +102,11 @@ impl FetchThread {
         self.mailbox.send(FetchRequest::Begin { core, cache });
     }
 
+    /// What other threads ask of the source beside the engine.
+    pub fn source_side(&self) -> SourceSide {
+        SourceSide { mailbox: self.mailbox.clone() }
+    }
+
     /// What compares the cache with the source.
     pub fn verifier(&self) -> Verifier {
         Verifier::new(self.mailbox.clone())
@@ -107,6 +117,40 @@ impl FetchThread {
         self.mailbox.send(FetchRequest::Stop);
         // A panic there has ended the process.
         let _ = self.handle.join();
+    }
+}
+
+/// The source, for other threads: blocking calls.
+#[derive(Clone)]
+pub struct SourceSide {
+    mailbox: Mailbox<FetchRequest>,
+}
+
+impl SourceSide {
+    /// A step of a handoff; waits for the answer at most for so long.
+    pub fn hand_off(&self, ask: Ask, patience: Duration) -> Result<Told, HandOffError> {
+        let (answer, told) = crossbeam::channel::bounded(1);
+        self.mailbox.send(FetchRequest::HandOff { ask, answer });
+        told.recv_timeout(patience).unwrap_or(Err(HandOffError::Lost))
+    }
+
+    /// What a foreign server's contents are known by now.
+    pub fn identify(&self, patience: Duration) -> Result<String, HandOffError> {
+        let (answer, identity) = crossbeam::channel::bounded(1);
+        self.mailbox.send(FetchRequest::Identify { answer });
+        identity.recv_timeout(patience).unwrap_or(Err(HandOffError::Lost))
+    }
+
+    /// What was written since the source's disk was made from its base.
+    pub fn changed(&self, patience: Duration) -> Result<Vec<(u64, bool)>, HandOffError> {
+        let (answer, changed) = crossbeam::channel::bounded(1);
+        self.mailbox.send(FetchRequest::Changed { answer });
+        changed.recv_timeout(patience).unwrap_or(Err(HandOffError::Lost))
+    }
+
+    /// What the source has to be from now on.
+    pub fn expect(&self, expect: Expect, identity: String) {
+        self.mailbox.send(FetchRequest::Expect { expect, identity });
     }
 }
 
@@ -122,7 +166,8 @@ async fn fetch_main(uri: Option<Uri>, policy: LossPolicy, requests: Mailbox<Fetc
     };
     let hello = source.as_ref().map(|source| SourceHello {
         size_bytes: source.size_bytes(),
-        identity: source.identity().to_owned(),
+        identity: source.identity(),
+        standing: source.standing(),
         tells_extents: source.tells_extents(),
         sends_holes: source.sends_holes(),
         max_read_bytes: source.max_read_bytes(),
@@ -132,10 +177,15 @@ async fn fetch_main(uri: Option<Uri>, policy: LossPolicy, requests: Mailbox<Fetc
     if said.send(Ok(hello)).is_err() {
         return;
     }
-    match requests.recv().await {
-        FetchRequest::Begin { core, cache } => Fetcher::new(core, cache, source).run(requests).await,
-        FetchRequest::Stop => {}
-        _ => unreachable!("nothing is asked before the device exists"),
+    loop {
+        match requests.recv().await {
+            FetchRequest::Begin { core, cache } => return Fetcher::new(core, cache, source).run(requests).await,
+            FetchRequest::Expect { expect, identity } => {
+                source.iter().for_each(|source| source.expect(expect, identity.clone()));
+            }
+            FetchRequest::Stop => return,
+            _ => unreachable!("nothing else is asked before the device exists"),
+        }
     }
 }
 
@@ -220,11 +270,64 @@ impl Fetcher {
                     })
                     .detach();
                 }
+                FetchRequest::ReadThrough { range, answer } => {
+                    let this = self.clone();
+                    spawn(async move { drop(answer.send(this.read_through(range).await)) }).detach();
+                }
+                FetchRequest::HandOff { ask, answer } => {
+                    let source = self.source();
+                    spawn(async move {
+                        let told = match source {
+                            Some(source) => source.hand_off(&ask).await,
+                            None => Err(HandOffError::Lost),
+                        };
+                        // Whoever asked may have given up.
+                        let _ = answer.send(told);
+                    })
+                    .detach();
+                }
+                FetchRequest::Identify { answer } => {
+                    let source = self.source();
+                    spawn(async move {
+                        let identity = match source {
+                            Some(source) => source.identify().await,
+                            None => Err(HandOffError::Lost),
+                        };
+                        // Whoever asked may have given up.
+                        let _ = answer.send(identity);
+                    })
+                    .detach();
+                }
+                FetchRequest::Changed { answer } => {
+                    let source = self.source();
+                    spawn(async move {
+                        let changed = match source {
+                            Some(source) => source.changed().await,
+                            None => Err(HandOffError::Lost),
+                        };
+                        // Whoever asked may have given up.
+                        let _ = answer.send(changed);
+                    })
+                    .detach();
+                }
+                FetchRequest::Expect { expect, identity } => {
+                    self.source().iter().for_each(|source| source.expect(expect, identity.clone()));
+                }
                 FetchRequest::Verify(request) => {
                     spawn(verify(self.core.clone(), self.cache.clone(), request)).detach();
                 }
             }
         }
+    }
+
+    async fn read_through(&self, range: ByteRange) -> Result<Vec<Part>, Errno> {
+        let _share = self.demand.take(range.len() as usize).await;
+        let source = self.source().ok_or(Errno::EIO)?;
+        let read = source.read(range, Lane::Demand).await;
+        read.map(|data| data.pieces(range)).map_err(|error| match error {
+            FetchError::Refused(errno) => errno,
+            FetchError::Unreachable | FetchError::NoRoom => Errno::EIO,
+        })
     }
 
     fn source(&self) -> Option<Rc<Source>> {

@@ -28,6 +28,10 @@ impl Queue {
     where
         B: AsRef<[u8]> + 'static,
     {
+        let _pass = match self.pass().await {
+            Ok(pass) => pass,
+            Err(errno) => return (Err(errno), data),
+        };
         self.count_write(range);
         if let Err(errno) = self.check_health() {
             return (Err(errno), data);

@@ -89,6 +89,11 @@ impl Hydration {
         self.changed.notify(usize::MAX);
     }
 
+    /// Something that it waited for may have happened.
+    pub fn wake(&self) {
+        self.changed.notify(usize::MAX);
+    }
+
     /// The mode.
     pub fn mode(&self) -> Mode {
         self.with(|inner| inner.mode)

@@ -7,6 +7,7 @@ use futures_util::FutureExt;
 use futures_util::future::select;
 
 use super::fetcher::{Fetcher, MAX_FETCH_BYTES};
+use super::gate::Phase;
 use super::hydration::{HydrationState, Mode, Pacer};
 use crate::engine::{Action, Event};
 use crate::uring::{Lent, sleep};
@@ -23,8 +24,13 @@ impl Fetcher {
             let changed = hydration.changed.listen();
             if self.core.health.is_complete() {
                 hydration.set_state(HydrationState::Done);
-                self.hang_up();
+                self.hang_up().await;
                 return;
+            }
+            if self.core.gate.phase() == Phase::Standby {
+                hydration.set_state(HydrationState::Paused("in standby: nothing is fetched before the handoff".into()));
+                changed.await;
+                continue;
             }
             let mode = hydration.mode();
             if mode == Mode::Off {
@@ -98,8 +104,10 @@ impl Fetcher {
 
     /// The source is no longer needed: close its connections, so that it may be switched off unnoticed. Reads that wait
     /// for it began before the guest wrote their blocks; they end as unreachable, and find them in the cache.
-    fn hang_up(&self) {
-        if let Some(source) = self.source.borrow_mut().take() {
+    async fn hang_up(&self) {
+        let source = self.source.borrow_mut().take();
+        if let Some(source) = source {
+            source.say_done().await;
             source.hang_up();
             self.core.health.set_found();
         }

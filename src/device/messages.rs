@@ -8,14 +8,18 @@ use futures_channel::oneshot;
 use serde::{Deserialize, Serialize};
 
 use super::core::Core;
+use crate::cache::Superblock;
 use crate::engine::{BlockRun, ByteRange, Errno, Extent, FetchId, IoId, Lane, OpId};
-use crate::nbd::Uri;
+use crate::nbd::{Ask, Told, Uri};
+use crate::remote::{Expect, HandOffError};
 use crate::uring::{FileIo, Part};
 
 /// What the commit thread is asked for.
 pub(crate) enum CommitRequest {
     /// A commit, answered to the engine.
     Commit,
+    /// A commit, and then a change of the superblock that is durable before the answer.
+    Record { change: Box<dyn FnOnce(&mut Superblock) + Send>, answer: Sender<io::Result<()>> },
     /// The last one: commit, record how things stand, and end. The answer: is the cache left in order?
     Stop(Sender<io::Result<()>>),
 }
@@ -51,6 +55,28 @@ pub(crate) enum FetchRequest {
     Extents {
         range: ByteRange,
         answer: oneshot::Sender<Vec<Extent>>,
+    },
+    /// Past the engine and the cache.
+    ReadThrough {
+        range: ByteRange,
+        answer: oneshot::Sender<Result<Vec<Part>, Errno>>,
+    },
+    HandOff {
+        ask: Ask,
+        answer: Sender<Result<Told, HandOffError>>,
+    },
+    /// What the source's contents are known by now.
+    Identify {
+        answer: Sender<Result<String, HandOffError>>,
+    },
+    /// What was written since the source's disk was made from its base.
+    Changed {
+        answer: Sender<Result<Vec<(u64, bool)>, HandOffError>>,
+    },
+    /// What the source has to be from now on.
+    Expect {
+        expect: Expect,
+        identity: String,
     },
     Verify(VerifyRequest),
     Stop,

@@ -16,6 +16,7 @@
 mod committer;
 mod core;
 mod fetcher;
+mod gate;
 mod hits;
 mod hydration;
 mod hydrator;
@@ -25,7 +26,8 @@ mod verify;
 
 pub use committer::CommitThread;
 pub use core::{Core, Counters, Health};
-pub use fetcher::{FetchThread, FetchThreadError, MAX_FETCH_BYTES, SourceHello};
+pub use fetcher::{FetchThread, FetchThreadError, MAX_FETCH_BYTES, SourceHello, SourceSide};
+pub use gate::{Gate, Phase};
 pub use hydration::{Hydration, HydrationState, Mode, ModeError};
 pub use messages::{VerifyProgress, VerifyReport};
 pub use queue::Queue;

@@ -13,6 +13,7 @@ use std::sync::atomic::Ordering;
 use futures_channel::oneshot;
 
 use super::core::Core;
+use super::gate::{Pass, Phase};
 use super::messages::{FetchRequest, QueueMessage};
 use crate::engine::{ByteRange, Errno, Event, Extent, OpId, OpKind};
 use crate::uring::{FileExtent, FileIo, Part, ZeroMode, spawn};
@@ -60,6 +61,9 @@ impl Queue {
             let (result, bytes) = self.read_hit(range, vec![0; range.len() as usize]).await;
             return result.map(|()| vec![Part::Owned(bytes)]);
         }
+        if self.core.gate.phase() == Phase::Standby {
+            return self.read_through(range).await;
+        }
         let counters = &self.core.counters;
         counters.read_bytes.fetch_add(range.len(), Ordering::Relaxed);
         counters.read_misses.fetch_add(1, Ordering::Relaxed);
@@ -75,12 +79,14 @@ impl Queue {
         if self.is_hit(range) {
             return self.write_hit(range, data, fua).await.0;
         }
+        let _pass = self.pass().await?;
         self.count_write(range);
         self.submit(OpKind::Write { fua }, range, data).await.0
     }
 
     /// Makes a range read as zeros.
     pub async fn zero(&self, range: ByteRange, fua: bool, keep_allocated: bool, fast_only: bool) -> Result<(), Errno> {
+        let _pass = self.pass().await?;
         self.core.counters.writes.fetch_add(1, Ordering::Relaxed);
         if !self.core.is_hit(range) {
             return self.submit(OpKind::Zero { fua, keep_allocated, fast_only }, range, Vec::new()).await.0;
@@ -93,6 +99,7 @@ impl Queue {
 
     /// Gives up the whole blocks of a range.
     pub async fn trim(&self, range: ByteRange, fua: bool) -> Result<(), Errno> {
+        let _pass = self.pass().await?;
         self.core.counters.writes.fetch_add(1, Ordering::Relaxed);
         self.submit(OpKind::Trim { fua }, range, Vec::new()).await.0
     }
@@ -106,6 +113,9 @@ impl Queue {
 
     /// Fetches what is absent in a range.
     pub async fn prefetch(&self, range: ByteRange) -> Result<(), Errno> {
+        if self.core.gate.phase() == Phase::Standby {
+            return Ok(());
+        }
         let starts: Vec<u64> = (range.start..range.end).step_by(PREFETCH_PIECE_BYTES as usize).collect();
         for batch in starts.chunks(PREFETCH_PIECES) {
             let pieces = batch.iter().map(|&start| {
@@ -144,6 +154,29 @@ impl Queue {
         }
         extents.truncate(max);
         extents
+    }
+
+    /// Asks the gate for leave to change the disk.
+    pub(super) async fn pass(&self) -> Result<Pass<'_>, Errno> {
+        loop {
+            if let Some(pass) = self.core.gate.enter(self.index) {
+                return Ok(pass);
+            }
+            self.core.gate.wait().await?;
+        }
+    }
+
+    /// In standby: what the source has, not kept (I7).
+    async fn read_through(&self, range: ByteRange) -> Result<Vec<Part>, Errno> {
+        let counters = &self.core.counters;
+        counters.read_bytes.fetch_add(range.len(), Ordering::Relaxed);
+        counters.read_misses.fetch_add(1, Ordering::Relaxed);
+        counters.waiting.fetch_add(1, Ordering::Relaxed);
+        let (sender, answer) = oneshot::channel();
+        self.core.fetcher.send(FetchRequest::ReadThrough { range, answer: sender });
+        let result = answer.await.unwrap_or(Err(Errno::EIO));
+        counters.waiting.fetch_sub(1, Ordering::Relaxed);
+        result
     }
 
     async fn source_extents(&self, range: ByteRange) -> Vec<FileExtent> {

@@ -15,6 +15,8 @@ pub struct OpId(pub u64);
 pub struct Errno(pub i32);
 
 impl Errno {
+    /// Not allowed: the disk is not ours to write.
+    pub const EPERM: Self = Self(1);
     /// Input/output error.
     pub const EIO: Self = Self(5);
     /// No space left on the cache.

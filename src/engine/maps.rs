@@ -179,12 +179,15 @@ impl Maps {
         self.find(from, limit, |word| !word).unwrap_or(limit)
     }
 
+    /// Was the block at `from` written here, and up to where (at most `limit`) is it the same?
+    pub fn dirty_stretch(&self, from: u64, limit: u64) -> (bool, u64) {
+        let dirty = self.any_dirty(BlockRun::new(from, from + 1));
+        let end = find_in(self.dirty(), from, limit, |word| if dirty { !word } else { word });
+        (dirty, end.unwrap_or(limit))
+    }
+
     fn find(&self, from: u64, limit: u64, wanted: impl Fn(u64) -> u64) -> Option<u64> {
-        let present = self.present();
-        masks(BlockRun::new(from, limit)).find_map(|(word, mask)| {
-            let hits = wanted(present[word].load(Ordering::Acquire)) & mask;
-            (hits != 0).then(|| word as u64 * 64 + u64::from(hits.trailing_zeros()))
-        })
+        find_in(self.present(), from, limit, wanted)
     }
 
     /// Number of present blocks.
@@ -294,6 +297,14 @@ impl Maps {
         }
         image
     }
+}
+
+/// The first block of a range whose bit is set in what `wanted` makes of the words.
+fn find_in(words: &[AtomicU64], from: u64, limit: u64, wanted: impl Fn(u64) -> u64) -> Option<u64> {
+    masks(BlockRun::new(from, limit)).find_map(|(word, mask)| {
+        let hits = wanted(words[word].load(Ordering::Acquire)) & mask;
+        (hits != 0).then(|| word as u64 * 64 + u64::from(hits.trailing_zeros()))
+    })
 }
 
 /// Fills words from committed pages, before [`Maps::new`]: bits are added, never taken away.

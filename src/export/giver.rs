@@ -84,14 +84,14 @@ impl Giver {
         let record_path = Record::path_of(path);
         let known = Record::read(&record_path)?;
         let is_away = known.as_ref().is_some_and(|record| !record.deed.is_here());
-        if known.is_none() && !wanted || !is_away && !wanted {
+        if !wanted && !is_away {
             return Ok((Image::open(path, in_use)?, None));
         }
         // Here, it may be in use: that ends when it is given away. Away, nobody may write it.
         let image = Image::open(path, !is_away)?;
         let file = lock(&image, path)?;
         let fresh = known.is_none();
-        let record = known.unwrap_or_else(Record::new);
+        let record = known.unwrap_or_else(Record::of_new_disk);
         if fresh {
             record.write(&record_path)?;
         }

@@ -67,7 +67,7 @@ pub struct Record {
 
 impl Record {
     /// The record of an image that never changed hands.
-    pub fn new() -> Self {
+    pub fn of_new_disk() -> Self {
         Self { version: RECORD_VERSION, deed: Deed::new(Uuid::new_v4()), identity: None, mode: None }
     }
 

@@ -1,14 +1,17 @@
 //! How the guest reaches the device.
 //!
 //! `nbd` is the embedded default: it needs no kernel driver, and QEMU, libvirt, fio and libnbd speak it.
-//! `ublk` is a block device of this host, for file systems, LVM and whatever opens /dev.
+//! `ublk` is a block device of this host, for file systems, LVM and whatever opens /dev. `onward` offers the device to
+//! the next host.
 
 mod nbd;
+mod onward;
 mod ublk;
 
 use std::io;
 
 pub use nbd::{NbdFrontend, Presentation};
+pub use onward::{Onward, Owner};
 pub use ublk::{ShapeError, UblkFrontend, UblkShape, logical_bytes};
 
 use crate::ublk::UblkError;

@@ -76,6 +76,8 @@ impl Deed {
             // A Take of that epoch may still be on its way: it must come too late.
             None if self.epoch + 1 == epoch => Move::TakeBack(self.reclaimed()),
             _ if self.epoch >= epoch => Move::Say(Told::Back { epoch: self.epoch }),
+            // Somebody else's: when it comes back here, that epoch is over.
+            Some(_) if self.epoch + 1 == epoch => Move::Say(Told::Back { epoch: self.epoch }),
             _ => self.no(format!("the disk is in epoch {}, before {epoch}", self.epoch)),
         }
     }

@@ -20,6 +20,8 @@ use crate::identity::{IdentityHasher, sample_ranges};
 use crate::nbd::{Ask, Standing, Told, TransmissionFlags, Uri};
 use crate::uring::{Task, sleep, spawn};
 
+/// How long the source may take to hear that it is not needed any more.
+const DONE_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest range that is asked about at once: what was written there.
 const CHANGED_BYTES: u64 = 2 << 30;
 
@@ -85,6 +87,8 @@ struct Shared {
 /// What a source must be when it comes back after a loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expect {
+    /// A disk of the same size: it may still be written there, and has no name.
+    Size,
     /// The same contents.
     Contents,
     /// The same disk: it may still be written there.
@@ -205,6 +209,17 @@ impl Source {
         self.shared.identity.borrow().clone()
     }
 
+    /// Looks again what its contents are known by.
+    pub async fn identify(&self) -> Result<String, HandOffError> {
+        let Some(link) = self.shared.pick(Lane::Demand) else { return Err(HandOffError::Lost) };
+        let looked = match link.session().ferry_identity {
+            // It tells it once a connection.
+            Some(_) => return Err(HandOffError::Refused(Errno::ENOTSUP)),
+            None => identify_in_time(&link).await,
+        };
+        looked.and_then(Result::ok).ok_or(HandOffError::Lost)
+    }
+
     /// How its disk stood when it was asked last, if it can change hands.
     pub fn standing(&self) -> Option<Standing> {
         self.shared.standing.borrow().clone()
@@ -297,6 +312,17 @@ impl Source {
             LinkError::Lost => HandOffError::Lost,
             LinkError::Refused(errno) => HandOffError::Refused(errno),
         })
+    }
+
+    /// Tells a source that gave us its disk that we have everything. Politeness: it need not hear it.
+    pub async fn say_done(&self) {
+        let (Expect::Gift { to, epoch }, Some(standing)) = (self.shared.expect.get(), self.standing()) else { return };
+        let ask = Ask::Done { disk: standing.disk, to, epoch };
+        match select(self.hand_off(&ask).boxed_local(), sleep(DONE_PATIENCE).boxed_local()).await {
+            Either::Left((Ok(Told::Noted), _)) => {}
+            Either::Left((told, _)) => log::debug!("the source was told that we have everything, and said {told:?}"),
+            Either::Right(_) => log::debug!("the source was told that we have everything, and did not answer"),
+        }
     }
 
     /// What was written since the source's disk was made from its base: all of it, as lengths from the start on.
@@ -497,6 +523,7 @@ async fn check_disk(shared: &Shared, link: &Link, is_first: bool) -> Result<(), 
     let standing = link.session().standing.clone();
     shared.standing.borrow_mut().clone_from(&standing);
     match (shared.expect.get(), standing) {
+        (Expect::Size, _) => return Ok(()),
         (Expect::Disk(disk), Some(now)) if now.disk == disk => return Ok(()),
         (Expect::Disk(disk), _) => return Err(format!("it is not disk {disk} any more: refused")),
         (Expect::Gift { to, epoch }, Some(now)) if now.given_to == Some(to) && now.epoch == epoch => {}

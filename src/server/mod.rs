@@ -15,10 +15,12 @@ mod disk;
 mod listener;
 mod replies;
 mod stats;
+mod zeros;
 
 pub use disk::{Disk, DiskExtent};
 pub use listener::Server;
 pub use stats::ServeStats;
+pub use zeros::without_zeros;
 
 use std::time::Duration;
 

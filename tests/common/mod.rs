@@ -74,8 +74,13 @@ impl World {
 
     /// Serves an image with `blkferry export` at a `--listen` address.
     pub fn export_at(&self, image: &Path, listen: &str) -> Export {
+        self.export_with(image, listen, &[])
+    }
+
+    /// The same, with further options.
+    pub fn export_with(&self, image: &Path, listen: &str, more: &[&str]) -> Export {
         let mut command = self.command(["export", "--json", "--listen", listen]);
-        let mut child = command.arg(image).stdout(Stdio::piped()).spawn().unwrap();
+        let mut child = command.args(more).arg(image).stdout(Stdio::piped()).spawn().unwrap();
         let mut line = String::new();
         BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
         let said: Value = serde_json::from_str(&line).expect("an export says where it serves");
@@ -169,6 +174,11 @@ impl Device<'_> {
     }
 
     /// SIGKILL, and waits until the process is gone.
+    /// Ends it although blocks are absent.
+    pub fn detach_incomplete(self) {
+        self.world.ok(["detach", "--incomplete", &self.name]);
+    }
+
     pub fn kill_daemon(self) {
         kill(self.pid, nix::sys::signal::Signal::SIGKILL);
         let started = Instant::now();

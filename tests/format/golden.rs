@@ -30,6 +30,9 @@ pub fn superblock() -> Superblock {
         dirty_exact: true,
         clean: false,
         boot_id: "11111111-2222-4333-8444-555555555555".into(),
+        gift: None,
+        floor: 0,
+        given_to: None,
     }
 }
 

@@ -113,6 +113,9 @@ fn superblock(geometry: Geometry) -> Superblock {
         dirty_exact: true,
         clean: false,
         boot_id: String::new(),
+        gift: None,
+        floor: 0,
+        given_to: None,
     }
 }
 

@@ -39,6 +39,9 @@ pub fn superblock(geometry: Geometry) -> Superblock {
         dirty_exact: true,
         clean: false,
         boot_id: String::new(),
+        gift: None,
+        floor: 0,
+        given_to: None,
     }
 }
 
