@@ -1,5 +1,10 @@
-//! Moving a QEMU guest: the plan against everything that can die, and two real QEMUs.
+//! Moving a QEMU guest: the plan against everything that can die, in a small world; and two real QEMUs.
 #![allow(clippy::unwrap_used, missing_docs)]
 
+#[path = "../common/mod.rs"]
+mod common;
+
 mod faults;
+mod guests;
 mod sim;
+mod site;
