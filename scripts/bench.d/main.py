@@ -14,11 +14,12 @@ import hostile
 import hydrate
 import local
 import loopback
+import migrate
 import ublk
 import writes
 from tools import Bench, run
 
-COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, hostile, ublk)}
+COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, hostile, ublk, migrate)}
 
 
 def machine():

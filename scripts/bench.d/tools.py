@@ -111,9 +111,16 @@ class Relay:
         self.address = process.stdout.readline().strip()
 
     def bytes_to_client(self):
+        return self.bytes()[1]
+
+    def bytes_to_server(self):
+        return self.bytes()[0]
+
+    def bytes(self):
+        """What has gone to the server, and to the client."""
         self.process.stdin.write("\n")
         self.process.stdin.flush()
-        return int(self.process.stdout.readline().split()[1])
+        return [int(number) for number in self.process.stdout.readline().split()]
 
 
 @contextlib.contextmanager
