@@ -13,7 +13,7 @@ use super::display;
 use crate::control::RunDir;
 use crate::daemon::wait_for_stop_signal;
 use crate::migrate::plan::Step;
-use crate::migrate::{Driver, Limits, Memory, Outcome, Places, Prepared, Real, Report, Watcher};
+use crate::migrate::{Driver, Limits, Memory, Moments, Outcome, Places, Prepared, Real, Report, Watcher};
 use crate::qmp::Address;
 use crate::size::{ParseDurationError, parse_duration};
 
@@ -94,7 +94,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     judge(&prepared)?;
     let limits = Limits { memory: args.timeout, switchover: args.switchover_timeout };
     if args.dry_run {
-        let report = real.report(None, None, &Default::default());
+        let report = real.report(None, None, &Moments::default());
         return if args.json { print_json(&report) } else { print_checked(&prepared) };
     }
     let mut driver = Driver::new(&mut real, limits, prepared.is_to_run, interrupted);
@@ -178,6 +178,7 @@ impl Watcher for Progress {
             Step::Start => ("prepare", "the migration is started".to_owned()),
             Step::WaitMemory => ("memory", sent()),
             Step::Continue | Step::WaitSwitchover => ("switchover", "the guest stands still".to_owned()),
+            Step::WaitDisks(why) => ("take", why.clone()),
             Step::Take => ("take", format!("{disks} from the source")),
             Step::Activate => ("activate", disks),
             Step::StartGuest | Step::Done => ("start", "the guest goes on here".to_owned()),

@@ -201,6 +201,13 @@ impl<'a, W: World> Driver<'a, W> {
             },
             Step::WaitMemory => self.world.wait(Duration::from_millis(200)),
             Step::WaitSwitchover => return self.wait_switchover(),
+            Step::WaitDisks(why) => {
+                if let ControlFlow::Break(_) = self.insist(Stuck::NotActive(why.clone())) {
+                    // What comes now, back or not, is given as long again.
+                    self.insisting = None;
+                    return self.give_up(why.clone());
+                }
+            }
             Step::Continue => {
                 self.continued = Some(self.world.now());
                 if let Err(why) = self.world.go_on() {
@@ -218,7 +225,7 @@ impl<'a, W: World> Driver<'a, W> {
             Step::Take => {
                 self.own.asked = true;
                 match self.world.take() {
-                    Ok(()) => self.own.taken = true,
+                    Ok(()) => (self.own.taken, self.insisting) = (true, None),
                     Err(why) => return self.give_up(why),
                 }
             }

@@ -112,6 +112,13 @@ impl Side {
         self.qmp.as_ref().map(|_| self.machine.clone()).map_err(|why| why.clone())
     }
 
+    /// Asks how it is, however fresh what is known.
+    pub(super) fn ask_again(&mut self) {
+        self.looked = None;
+        // If it is out of reach, what was known last stays.
+        let _ = self.look();
+    }
+
     fn refresh(&mut self) {
         let Ok(qmp) = &mut self.qmp else { return };
         match qmp.ask(["query-status", "query-migrate"]) {

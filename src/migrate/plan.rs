@@ -97,6 +97,8 @@ pub enum Step {
     Continue,
     /// Wait for that.
     WaitSwitchover,
+    /// Wait for a disk that cannot be had at the moment, for a while; why.
+    WaitDisks(String),
     /// End the migration; why.
     Cancel(String),
     /// Take all disks from the source.
@@ -229,12 +231,12 @@ fn take_over(view: &View, own: &Own) -> Step {
         Ok(Machine { migration: Migration::Completed, .. }) | Err(_) => {
             let started = "the guest was started at the destination before it had its disks".to_owned();
             let started = view.runs_at_destination().then_some(&started);
-            let obstacle = own.gave_up.as_ref().or(started).or_else(|| view.unready());
-            match (obstacle, &view.source) {
-                (Some(why), Ok(_)) => Step::Back(why.clone()),
-                (Some(why), Err(lost)) => Step::Stuck(Stuck::NobodyGives(format!("{why}; {lost}"))),
-                (None, _) if own.taken => Step::Activate,
-                (None, _) => Step::Take,
+            match (own.gave_up.as_ref().or(started), view.unready(), &view.source) {
+                (Some(why), _, Ok(_)) => Step::Back(why.clone()),
+                (Some(why), _, Err(lost)) => Step::Stuck(Stuck::NobodyGives(format!("{why}; {lost}"))),
+                (None, Some(why), _) => Step::WaitDisks(why.clone()),
+                (None, None, _) if own.taken => Step::Activate,
+                (None, None, _) => Step::Take,
             }
         }
         Ok(_) => Step::WaitSwitchover,

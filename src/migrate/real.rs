@@ -136,8 +136,12 @@ impl Real {
     }
 
     /// What is told in the end.
-    pub fn report(&self, outcome: Option<&Outcome>, why: Option<String>, moments: &Moments) -> Report {
+    pub fn report(&mut self, outcome: Option<&Outcome>, why: Option<String>, moments: &Moments) -> Report {
         let moved = outcome == Some(&Outcome::Moved);
+        if moved {
+            // Its last figures; it may be gone, and then there are none.
+            self.source.ask_again();
+        }
         let stopped = self.source.stopped.filter(|_| moved);
         let pair = stopped.zip(self.destination.resumed);
         let phases: Vec<_> = moments.durations_ms().into_iter().map(|(phase, ms)| PhaseReport { phase, ms }).collect();
@@ -149,7 +153,7 @@ impl Real {
                 Some(Outcome::Stuck(_) | Outcome::Abandoned) => "stuck",
             },
             why,
-            total_ms: phases.iter().map(|phase| phase.ms).sum(),
+            total_ms: (phases.iter().map(|phase| phase.ms).sum::<f64>() * 1e3).round() / 1e3,
             phases,
             downtime_ms: pair.map(|(from, to)| ms(to.heard.saturating_duration_since(from.heard))),
             downtime_by_hosts_ms: pair.and_then(|(from, to)| to.stamp.checked_sub(from.stamp)).map(ms),

@@ -45,7 +45,7 @@ pub(super) fn phase_of(step: &Step) -> Option<&'static str> {
         Step::Start => Some("prepare"),
         Step::WaitMemory => Some("memory"),
         Step::Continue | Step::WaitSwitchover => Some("switchover"),
-        Step::Take => Some("take"),
+        Step::Take | Step::WaitDisks(_) => Some("take"),
         Step::Activate => Some("activate"),
         Step::StartGuest => Some("start"),
         Step::Cancel(_) | Step::Back(_) => Some("back"),

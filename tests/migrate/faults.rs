@@ -50,6 +50,7 @@ fn word(step: &Step) -> &'static str {
         Step::WaitMemory => "memory",
         Step::Continue => "continue",
         Step::WaitSwitchover => "switchover",
+        Step::WaitDisks(_) => "disks",
         Step::Cancel(_) => "cancel",
         Step::Take => "take",
         Step::Activate => "activate",
