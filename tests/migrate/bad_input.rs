@@ -84,6 +84,9 @@ fn ferried(world: &World) -> (Export, String) {
     (export, status["frontend"]["uri"].as_str().unwrap().to_owned())
 }
 
+/// How a QEMU is: its state, its disks, what its migrations can do.
+type Machine<'a> = (&'a str, &'a [Value], &'a [&'a str]);
+
 const ALL: &[&str] = &["events", "pause-before-switchover", "late-block-activate"];
 
 #[test]
@@ -96,18 +99,18 @@ fn what_does_not_fit_is_said_before_anything_has_happened() {
     let large = [block("disk0", "/a/disk.raw", 2 * SIZE)];
     let elsewhere = [block("disk0", "/b/disk.raw", SIZE)];
     let foreign = [block("other", &uri, SIZE)];
-    let cases: [(&str, &[Value], &[&str], &str, &[Value], &[&str], &str, &str); 9] = [
-        ("running", &good_a, &["events"], "inmigrate", &good_b, ALL, "disk0=web", "QEMU 2.12 or later is needed"),
-        ("running", &good_a, ALL, "inmigrate", &good_b, &["events"], "disk0=web", "QEMU 3.0 or later is needed"),
-        ("running", &good_a, ALL, "running", &good_b, ALL, "disk0=web", "start it with -incoming defer -S"),
-        ("inmigrate", &good_a, ALL, "inmigrate", &good_b, ALL, "disk0=web", "it has no guest to move"),
-        ("running", &large, ALL, "inmigrate", &good_b, ALL, "disk0=web", "that is another disk"),
-        ("running", &good_a, ALL, "inmigrate", &elsewhere, ALL, "disk0=web", "and not device web"),
-        ("running", &good_a, ALL, "inmigrate", &foreign, ALL, "disk0=web", "has no disk that corresponds to disk0"),
-        ("running", &two, ALL, "inmigrate", &good_b, ALL, "disk0=web", "disk disk1 of the source's machine"),
-        ("running", &good_a, ALL, "inmigrate", &good_b, ALL, "disk0=nobody", "no device named nobody is running"),
+    let cases: [(Machine<'_>, Machine<'_>, &str, &str); 9] = [
+        (("running", &good_a, &["events"]), ("inmigrate", &good_b, ALL), "disk0=web", "QEMU 2.12 or later is needed"),
+        (("running", &good_a, ALL), ("inmigrate", &good_b, &["events"]), "disk0=web", "QEMU 3.0 or later is needed"),
+        (("running", &good_a, ALL), ("running", &good_b, ALL), "disk0=web", "start it with -incoming defer -S"),
+        (("inmigrate", &good_a, ALL), ("inmigrate", &good_b, ALL), "disk0=web", "it has no guest to move"),
+        (("running", &large, ALL), ("inmigrate", &good_b, ALL), "disk0=web", "that is another disk"),
+        (("running", &good_a, ALL), ("inmigrate", &elsewhere, ALL), "disk0=web", "and not device web"),
+        (("running", &good_a, ALL), ("inmigrate", &foreign, ALL), "disk0=web", "has no disk that corresponds to disk0"),
+        (("running", &two, ALL), ("inmigrate", &good_b, ALL), "disk0=web", "disk disk1 of the source's machine"),
+        (("running", &good_a, ALL), ("inmigrate", &good_b, ALL), "disk0=nobody", "no device named nobody is running"),
     ];
-    for (i, (run_a, blocks_a, can_a, run_b, blocks_b, can_b, disk, wanted)) in cases.into_iter().enumerate() {
+    for (i, ((run_a, blocks_a, can_a), (run_b, blocks_b, can_b), disk, wanted)) in cases.into_iter().enumerate() {
         let (at_a, at_b) = (world.path(&format!("a{i}")), world.path(&format!("b{i}")));
         let a = Fake::start(&at_a, run_a, blocks_a, can_a);
         let b = Fake::start(&at_b, run_b, blocks_b, can_b);
