@@ -136,6 +136,8 @@ pub(super) fn problems(
     check_names(places, source, &mut problems);
     for ((drive, name), status) in places.disks.iter().zip(statuses) {
         match status {
+            // Midway a guest may stand still because of it: then the plan knows what to do.
+            Err(_) if midway => {}
             Err(why) => problems.push(why.clone()),
             Ok(status) => {
                 if !midway {

@@ -4,6 +4,7 @@
 use std::collections::BTreeMap;
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
 use blkferry::migrate::plan::{Run, Step, Stuck};
@@ -175,4 +176,22 @@ fn any_two_may_die_at_any_two_steps() {
     }
     println!("{runs} moves with two faults");
     assert!(runs > 10_000);
+}
+
+#[test]
+fn whoever_interrupts_it_keeps_the_guest_at_the_source() {
+    let mut sim = Sim::new(2);
+    let outcome = Driver::new(&mut sim, LIMITS, true, Arc::new(AtomicBool::new(true))).run(&mut ());
+    assert_eq!(outcome, Outcome::Stayed("interrupted".into()));
+    assert!(sim.runs_at_source());
+    assert!(sim.destination.lives, "nothing had begun: it waits for the next attempt");
+}
+
+#[test]
+fn memory_that_never_arrives_is_given_up() {
+    let mut sim = Sim::new(2);
+    let limits = Limits { memory: Some(Duration::ZERO), ..LIMITS };
+    let outcome = Driver::new(&mut sim, limits, true, Arc::default()).run(&mut ());
+    assert!(matches!(&outcome, Outcome::Stayed(why) if why.contains("did not arrive in 0 s")), "{outcome:?}");
+    assert!(sim.runs_at_source() && !sim.runs_at_destination());
 }

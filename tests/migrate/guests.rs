@@ -8,7 +8,7 @@ use blkferry::migrate::{Driver, Memory, Outcome, Real, Watcher};
 use serde_json::Value;
 
 use crate::common::tool_output;
-use crate::site::{LIMITS, NAME, Site, data_of, poll};
+use crate::site::{LIMITS, NAME, Qemu, Site, data_of, poll};
 
 fn migrate(site: &Site) -> Value {
     let said = site.world.ok(site.command(&["--json"]));
@@ -93,6 +93,13 @@ fn drive(site: &Site, watcher: &mut dyn Watcher) -> Outcome {
     let (mut real, prepared) = Real::prepare(site.run_dir(), site.places()).unwrap();
     assert!(prepared.problems.is_empty(), "{:?}", prepared.problems);
     Driver::new(&mut real, LIMITS, prepared.is_to_run, Arc::default()).run(watcher)
+}
+
+/// Another orchestrator, where something has died: what it finds is no reason not to begin.
+fn drive_on(site: &Site) -> Outcome {
+    let (mut real, prepared) = Real::prepare(site.run_dir(), site.places()).unwrap();
+    assert!(prepared.midway && prepared.problems.is_empty(), "{:?}", prepared.problems);
+    Driver::new(&mut real, LIMITS, prepared.is_to_run, Arc::default()).run(&mut ())
 }
 
 /// Its orchestrator is killed again and again, before and after every step.
@@ -211,4 +218,48 @@ fn a_source_that_dies_after_it_has_sent_everything_is_not_missed() {
     assert_eq!(drive(&site, &mut ()), Outcome::Moved);
     assert!(site.b.runs());
     site.b.wait_stamps(5);
+}
+
+/// Whatever dies before the source has let go of its image: the guest goes on there, and so does its writer.
+#[test]
+fn what_dies_before_the_switchover_leaves_the_guest_at_the_source() {
+    let faults: [(&str, fn(&mut Site)); 4] = [
+        ("WaitMemory", |site| site.b.kill()),
+        ("WaitMemory", |site| site.link.cut()),
+        ("Continue", |site| site.kill_daemon()),
+        ("Continue", Site::kill_export),
+    ];
+    for (number, (step, fault)) in faults.into_iter().enumerate() {
+        let mut site = Site::new("256M", "");
+        site.a.wait_stamps(3);
+        assert_eq!(drive(&site, &mut EndAt(step, false)), Outcome::Abandoned);
+        fault(&mut site);
+        let outcome = drive_on(&site);
+        println!("fault {number}: {outcome:?}");
+        assert!(matches!(outcome, Outcome::Stayed(_)), "fault {number}: {outcome:?}");
+        assert!(site.a.runs() && !site.b.runs());
+        site.a.wait_stamps(3);
+    }
+}
+
+/// The destination's QEMU dies with its disk active: the guest can be started there, and there only.
+#[test]
+fn a_destination_that_dies_after_the_point_of_no_return_is_started_there() {
+    let mut site = Site::new("256M", "");
+    site.a.wait_stamps(5);
+    assert_eq!(drive(&site, &mut EndAt("Activate", true)), Outcome::Abandoned);
+    site.b.kill();
+    let outcome = drive_on(&site);
+    let Outcome::Stuck(stuck @ Stuck::DestinationLost(_)) = &outcome else { panic!("{outcome:?}") };
+    let line = stuck.advice(&site.places());
+    assert!(
+        line.contains("start the machine at the destination from these disks; never again at the source"),
+        "{line}"
+    );
+    let refused = site.a.ask("cont");
+    assert!(refused.is_err() && !site.a.runs(), "{refused:?}");
+    let drive = format!("file={}", site.status()["frontend"]["uri"].as_str().unwrap());
+    let b = Qemu::start(&site.world, "b2", &drive, &[]);
+    b.wait_stamps(3);
+    site.a.kill();
 }

@@ -133,10 +133,17 @@ impl Link {
     }
 }
 
-impl Drop for Link {
-    fn drop(&mut self) {
+impl Link {
+    /// Nobody gets through any more.
+    pub fn cut(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
+    }
+}
+
+impl Drop for Link {
+    fn drop(&mut self) {
+        self.cut();
     }
 }
 
