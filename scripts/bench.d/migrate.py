@@ -16,7 +16,8 @@ from tools import MIB, child, median, relay, run, wait_for
 
 MBIT, RTT_MS = 1000, 20
 MEMORY_MIB = 192
-SIZES, QUICK_SIZES = ("1G", "64G"), ("1G",)
+# Size of the guest's disk, of which 150 MiB are data, and MiB of noise behind it.
+DISKS, QUICK_DISKS = (("1G", 0), ("64G", 0), ("1G", 1024)), (("1G", 0), ("1G", 256))
 NAME = "bench-move"
 # What a mirror of a machine that writes may take before it counts as without end.
 MIRROR_PATIENCE_S = 300
@@ -108,7 +109,7 @@ def capabilities(qmp, *names):
     qmp.do("migrate-set-capabilities", capabilities=each)
 
 
-def move_ours(bench, image, size):
+def move_ours(bench, image):
     """Figures of a move with blkferry."""
     port, memory_port, cache = free_port(), free_port(), bench.path("cache")
     serve = (bench.programs / "blkferry", "export", image, "--handoff", "--listen", f"127.0.0.1:{port}")
@@ -140,10 +141,10 @@ def move_ours(bench, image, size):
     return figures
 
 
-def move_theirs(bench, image, size):
+def move_theirs(bench, image):
     """Figures of a move with blockdev-mirror and QEMU's NBD server."""
     port, memory_port, copy = free_port(), free_port(), bench.path("mirror")
-    run("truncate", "-s", size, copy)
+    run("truncate", "-s", image.stat().st_size, copy)
     with contextlib.ExitStack() as stack:
         at_source, console = stack.enter_context(qemu(bench, *raw(image)))
         at_target, arrived = stack.enter_context(qemu(bench, *raw(copy), incoming=True))
@@ -187,20 +188,23 @@ WAYS = {"blkferry": move_ours, "QEMU blockdev-mirror": move_theirs}
 
 def tables(bench):
     rows = []
-    for size in QUICK_SIZES if bench.quick else SIZES:
+    for size, noise_mib in QUICK_DISKS if bench.quick else DISKS:
         master = bench.path("guest")
         run(bench.repo / "scripts/guest-image", master, "--writer", "--size", size)
+        if noise_mib:
+            with open(master, "ab") as disk:
+                disk.write(bench.noise(noise_mib).read_bytes())
         runs = {way: [] for way in WAYS}
         for _ in range(bench.rounds):
             for way, move in WAYS.items():
                 image = bench.path("image")
                 run("cp", "--sparse=always", master, image)
-                runs[way].append(move(bench, image, size))
+                runs[way].append(move(bench, image))
                 image.unlink()
         for way, each in runs.items():
             middle = {key: median([figures[key] for figures in each]) for key in each[0]}
             rows.append({
-                "disk": size, "with": way, "source free s": middle["free_s"], "of that memory s": middle["memory_s"],
+                "disk": f"{size} + {noise_mib} MiB of data", "with": way, "source free s": middle["free_s"], "of that memory s": middle["memory_s"],
                 "stood still ms": middle["gap_ms"], "all there s": middle["complete_s"],
                 "disk MiB on the wire": middle["disk_bytes"] / MIB, "runs": each,
             })

@@ -220,6 +220,24 @@ fn a_source_that_dies_after_it_has_sent_everything_is_not_missed() {
     site.b.wait_stamps(5);
 }
 
+/// Has something die at a step, once.
+struct Saboteur<'a> {
+    step: &'static str,
+    fault: Option<fn(&mut Site)>,
+    site: &'a mut Site,
+}
+
+impl Watcher for Saboteur<'_> {
+    fn before(&mut self, step: &Step, _: Memory) -> ControlFlow<()> {
+        if is_step(step, self.step)
+            && let Some(fault) = self.fault.take()
+        {
+            fault(self.site);
+        }
+        ControlFlow::Continue(())
+    }
+}
+
 /// Whatever dies before the source has let go of its image: the guest goes on there, and so does its writer.
 #[test]
 fn what_dies_before_the_switchover_leaves_the_guest_at_the_source() {
@@ -232,9 +250,11 @@ fn what_dies_before_the_switchover_leaves_the_guest_at_the_source() {
     for (number, (step, fault)) in faults.into_iter().enumerate() {
         let mut site = Site::new("256M", "");
         site.a.wait_stamps(3);
-        assert_eq!(drive(&site, &mut EndAt(step, false)), Outcome::Abandoned);
-        fault(&mut site);
-        let outcome = drive_on(&site);
+        let (mut real, prepared) = Real::prepare(site.run_dir(), site.places()).unwrap();
+        let mut saboteur = Saboteur { step, fault: Some(fault), site: &mut site };
+        let outcome = Driver::new(&mut real, LIMITS, prepared.is_to_run, Arc::default()).run(&mut saboteur);
+        assert!(saboteur.fault.is_none(), "{step} never came");
+        drop(real);
         println!("fault {number}: {outcome:?}");
         assert!(matches!(outcome, Outcome::Stayed(_)), "fault {number}: {outcome:?}");
         assert!(site.a.runs() && !site.b.runs());
