@@ -195,3 +195,15 @@ fn memory_that_never_arrives_is_given_up() {
     assert!(matches!(&outcome, Outcome::Stayed(why) if why.contains("did not arrive in 0 s")), "{outcome:?}");
     assert!(sim.runs_at_source() && !sim.runs_at_destination());
 }
+
+/// Would it be noticed?
+#[test]
+#[should_panic(expected = "let go at the source, whose disks were given")]
+fn a_disk_that_was_not_really_given_back_is_noticed() {
+    let (_, moments) = drive(&mut Sim::new(2), &[]);
+    for at in 0..moments {
+        let mut sim = Sim::new(2);
+        sim.lies = true;
+        drive(&mut sim, &[(at, Fault::Destination)]);
+    }
+}

@@ -62,6 +62,8 @@ pub struct Sim {
     pub link: bool,
     brief: u32,
     lose_answer: bool,
+    /// Planted: giving back is said to be done, and is not.
+    pub lies: bool,
     began: Instant,
     passed: Duration,
     waits: u32,
@@ -80,6 +82,7 @@ impl Sim {
             link: true,
             brief: 0,
             lose_answer: false,
+            lies: false,
             began: Instant::now(),
             passed: Duration::ZERO,
             waits: 0,
@@ -283,6 +286,9 @@ impl World for Sim {
     }
 
     fn call_off(&mut self) -> Result<(), String> {
+        if self.lies {
+            return Ok(());
+        }
         self.each_source(|disk, _| {
             assert!(!disk.active, "called off although it is in use");
             disk.given = false;
