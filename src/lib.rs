@@ -32,11 +32,12 @@
 //! | [`server`] | an NBD server on a ring; what it serves is a trait | `nbd`, `uring` |
 //! | [`remote`] | the fetch layer: links to a source, reconnect, identity | `nbd`, `uring` |
 //! | [`cache`] | data file, metadata format, commit protocol, live map | `engine` (maps), `uring` |
+//! | [`handoff`] | who a disk belongs to, and how it changes hands: pure rules for both sides | `nbd` (messages) |
 //! | [`engine`] | what happens to every block; no I/O, no clock, no thread | nothing but std |
 //! | [`nbd`] | the protocol as types and codecs | nothing |
 //! | [`ublk`] | the kernel's ublk driver: control, requests and answers; a home of `unsafe` | `uring` |
 //! | [`uring`] | the io_uring reactor; the other home of `unsafe` | nothing |
-//! | [`identity`], [`size`] | what a disk is known by; `64K` and friends | next to nothing |
+//! | [`identity`], [`beside`], [`size`] | what a disk is known by; where its files lie; `64K` and friends | next to nothing |
 //!
 //! `scripts/check-layers` holds these lines.
 //!
@@ -49,6 +50,8 @@
 //! - **dirty map**: bit set: the guest wrote this block here. It makes the way back cheap.
 //! - **fetch**: reading absent blocks, by *demand* (somebody waits) or by *hydration* (in the background).
 //! - **hit**, **miss**: a request whose blocks are all present, or not.
+//! - **standby**, **active**, **away**: the disk is still the source's; it is ours; it was given to the next host.
+//! - **epoch**: grows by one each time a disk changes hands; the fence against whoever missed that.
 //! - **complete**: all blocks present and committed; the source may be switched off.
 //!
 //! # Invariants
@@ -61,12 +64,12 @@
 //! - **I5** A partial write to an absent block fetches and merges first.
 //! - **I6** A block crosses the wire at most once per attach; only what was in flight on a connection that
 //!   broke, or was fetched but not committed at a crash, may cross again. Holes and zeros cross as metadata.
+//! - **I7** In standby nothing is cached and nothing is written.
 //! - **I8** A hit never waits for a miss, and a demand fetch never waits behind hydration.
 //! - **I9** A write of whole blocks never waits for the network.
 //! - **I10** Everything is bounded: in-flight operations, waiters, buffers, batches, retries.
 //! - **I11** An error is never swallowed. A failed fsync stops the device for good.
 //!
-//! (I7 belongs to the standby state of a handoff, which is still to come.)
 
 pub mod beside;
 pub mod cache;

@@ -121,6 +121,30 @@ impl DataFile {
         Ok(Self { io: file.into(), for_sync: Arc::new(again), is_device })
     }
 
+    /// Opens an image that is to become the cache of a disk that comes home, for reading only: it is still fenced.
+    pub fn open_home(path: &Path, size_bytes: u64) -> Result<Self, CacheError> {
+        let io = |action| move |source| CacheError::Io { path: path.into(), action, source };
+        let file = File::open(path).map_err(io("open"))?;
+        let is_device = file.metadata().map_err(io("stat"))?.file_type().is_block_device();
+        let found = lseek(file.as_fd(), 0, Whence::SeekEnd).map_err(|e| io("find the size")(e.into()))? as u64;
+        check_size(path, found, size_bytes)?;
+        let again = File::open(format!("/proc/self/fd/{}", file.as_raw_fd())).map_err(io("open a second time"))?;
+        Ok(Self { io: file.into(), for_sync: Arc::new(again), is_device })
+    }
+
+    /// Makes it writable, and locks it as any cache.
+    pub fn come_home(&self, path: &Path) -> Result<(), CacheError> {
+        let io = |action| move |source| CacheError::Io { path: path.into(), action, source };
+        let mut options = OpenOptions::new();
+        options.read(true).write(true);
+        if self.is_device {
+            options.custom_flags(libc::O_EXCL);
+        }
+        let file = options.open(path).map_err(io("open for writing"))?;
+        lock(&file, path)?;
+        self.io.replace(file).map_err(io("duplicate the descriptor"))
+    }
+
     /// Refuses a device with something on it: partition tables and file systems are at its start or its end.
     pub fn check_blank(&self, path: &Path) -> Result<(), CacheError> {
         let io = |action| move |source| CacheError::Io { path: path.into(), action, source };

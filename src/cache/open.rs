@@ -48,6 +48,8 @@ pub struct CacheOptions {
     pub overwrite: bool,
     /// A new cache begins in standby, whatever the source is.
     pub standby: bool,
+    /// The data is an older copy of the disk, which comes home: it is not opened for writing yet.
+    pub home: bool,
 }
 
 /// Why a cache could not be opened. Nothing was changed.
@@ -234,8 +236,12 @@ impl Cache {
         }
         let superblock = if fresh { Some(new_superblock(source, block_bytes, options.standby)?) } else { None };
         let made_by_us = !options.data.exists();
-        let data = DataFile::open(&options.data, &options.metadata, source.size_bytes, fresh)?;
-        if fresh && data.is_device() && !options.overwrite {
+        let data = if options.home {
+            DataFile::open_home(&options.data, source.size_bytes)?
+        } else {
+            DataFile::open(&options.data, &options.metadata, source.size_bytes, fresh)?
+        };
+        if fresh && data.is_device() && !options.overwrite && !options.home {
             data.check_blank(&options.data)?;
         }
         if fresh && options.metadata == default_metadata_path(&options.data) {

@@ -1,6 +1,6 @@
 //! Offering the device to other hosts, or not any more, while it runs.
 
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::hands::Hands;
 use crate::device::Core;
@@ -11,31 +11,42 @@ use crate::uring::{FileIo, Listener};
 /// See the module's page.
 pub(super) struct ExportSide {
     core: Arc<Core>,
-    cache: FileIo,
     name: String,
     hands: Arc<Hands>,
-    running: Mutex<Option<Onward>>,
+    state: Mutex<State>,
+}
+
+enum State {
+    /// Nobody has asked for it.
+    Idle(FileIo),
+    Running(Onward),
+    /// The cache is not open any more: whoever waits for that may go on.
+    Ended,
 }
 
 impl ExportSide {
     pub(super) fn new(core: Arc<Core>, cache: FileIo, name: String, hands: Arc<Hands>) -> Self {
-        Self { core, cache, name, hands, running: Mutex::default() }
+        Self { core, name, hands, state: Mutex::new(State::Idle(cache)) }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Listens there, and nowhere else any more; says under which URI it is found.
     pub(super) fn start(&self, address: &Address) -> Result<String, String> {
         let (listener, address) = listen(address)?;
-        let mut running = self.running.lock().unwrap_or_else(PoisonError::into_inner);
-        let onward = match running.take() {
-            Some(onward) => onward,
-            None => {
-                let (core, hands) = (self.core.clone(), self.hands.clone());
-                let onward = Onward::start(core, self.core.last_queue(), self.cache.clone(), self.name.clone(), hands);
-                onward.map_err(|e| e.to_string())?
-            }
-        };
-        onward.listen(listener);
-        *running = Some(onward);
+        let mut state = self.lock();
+        if let State::Idle(cache) = &*state {
+            let (core, hands) = (self.core.clone(), self.hands.clone());
+            let onward = Onward::start(core, self.core.last_queue(), cache.clone(), self.name.clone(), hands);
+            *state = State::Running(onward.map_err(|e| e.to_string())?);
+        }
+        match &*state {
+            State::Running(onward) => onward.listen(listener),
+            State::Idle(_) | State::Ended => return Err("the device is stopping".into()),
+        }
+        drop(state);
         let uri = address.uri(&self.name).to_string();
         self.hands.set_export(Some(uri.clone()));
         Ok(uri)
@@ -43,7 +54,7 @@ impl ExportSide {
 
     /// Does not listen any more.
     pub(super) fn close(&self) {
-        if let Some(onward) = &*self.running.lock().unwrap_or_else(PoisonError::into_inner) {
+        if let State::Running(onward) = &*self.lock() {
             onward.close();
             self.hands.set_export(None);
         }
@@ -51,8 +62,9 @@ impl ExportSide {
 
     /// Ends what was started.
     pub(super) fn stop(&self) {
-        let running = self.running.lock().unwrap_or_else(PoisonError::into_inner).take();
-        running.into_iter().for_each(Onward::stop);
+        if let State::Running(onward) = std::mem::replace(&mut *self.lock(), State::Ended) {
+            onward.stop();
+        }
     }
 }
 

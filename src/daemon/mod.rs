@@ -26,6 +26,7 @@ use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 use crate::cache::{MetadataError, OpenError, discard};
 use crate::control::{Claim, Detached, Entry, NameError, RunDir, RunDirError, Status, UblkEntry};
 use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Mode};
+use crate::export::HomeError;
 use crate::frontend::{Frontend, FrontendError, ShapeError};
 use crate::nbd::{Address, Uri};
 pub use crate::remote::OnLoss;
@@ -167,6 +168,9 @@ pub enum DaemonError {
     /// The last commit failed.
     #[error("the cache was not left in order: {0}; what was not flushed before may be lost")]
     Unclean(#[source] io::Error),
+    /// Not an image that this disk can come home to.
+    #[error(transparent)]
+    Home(#[from] HomeError),
     /// The source did not give its disk.
     #[error("{0}")]
     Kept(String),

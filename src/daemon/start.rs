@@ -2,7 +2,7 @@
 //! come up leaves nothing behind.
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use crossbeam::channel::{Receiver, Sender};
 
 use super::export_side::ExportSide;
 use super::handler::{DaemonHandler, DeviceFacts, Meters, Sides};
-use super::hands::{Hands, phase_of, right_of};
+use super::hands::{Hands, Landing, phase_of, right_of};
 use super::{Daemon, DaemonError, DaemonOptions, Standby, Wish, ublk};
 use crate::cache::{
     Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Superblock, default_metadata_path,
@@ -21,6 +21,7 @@ use crate::device::{
     CommitThread, Core, FetchThread, FetchThreadError, Gate, Hydration, MAX_FETCH_BYTES, SourceHello, SourceSide,
 };
 use crate::engine::{Engine, EngineConfig, Geometry};
+use crate::export::Home;
 use crate::frontend::{Frontend, NbdFrontend, Presentation, UblkFrontend, UblkShape, logical_bytes};
 use crate::handoff::Right;
 use crate::nbd::{Address, Standing};
@@ -184,6 +185,8 @@ fn start_on(
         let unit = ublk.logical_bytes.unwrap_or_else(|| hello.as_ref().map_or(1, |h| h.min_read_bytes));
         logical_bytes(facts.size_bytes, unit)
     })?;
+    let standing = hello.as_ref().and_then(|hello| hello.standing.as_ref());
+    let home = home_of(&places.data, known.as_ref(), standing)?;
     let cache = Cache::open(
         &CacheOptions {
             data: places.data.clone(),
@@ -193,6 +196,7 @@ fn start_on(
             forget_unflushed: options.forget_unflushed,
             overwrite: options.overwrite,
             standby: options.standby.is_some(),
+            home: home.is_some(),
         },
         &facts,
     )?;
@@ -213,9 +217,11 @@ fn start_on(
     let gate = Gate::new(phase_of(&superblock), queues, bell);
     let hydration = Hydration::new(options.hydrate);
     let core = Arc::new(Core::new(engine, queues, fetch.mailbox(), commits, hydration, gate));
-    let standing = hello.as_ref().and_then(|hello| hello.standing.as_ref());
     let hands = Hands::new(options.name.clone(), core.clone(), fetch.source_side(), &superblock, standing);
     let hands = Arc::new(hands);
+    if let Some(home) = home {
+        hands.set_landing(Landing { home, data: cache.data.clone(), path: places.data.clone() });
+    }
     let commit = CommitThread::start(core.clone(), cache.store, requests);
     let commit = commit.map_err(|e| DaemonError::Io("cannot start the commit thread", e))?;
     let fast_zero = cache.data.punches_holes(core.geometry().size_bytes());
@@ -244,6 +250,21 @@ fn start_on(
     let source = hello.map(|h| h.stats).unwrap_or_default();
     let meters = Meters { source, serve };
     Ok(Up { core, frontend, fetch, commit, facts, meters, hands, is_fresh: known.is_none(), file, rung })
+}
+
+/// The cache, if it is an image that was given away and whose disk is to come home.
+fn home_of(data: &Path, known: Option<&Superblock>, standing: Option<&Standing>) -> Result<Option<Home>, DaemonError> {
+    match known.map(right_of) {
+        None | Some(Right::Standby | Right::Declined) if data.exists() => Ok(Home::of(data, standing)?),
+        Some(Right::Active) if data.exists() => {
+            // It has come home, and death came before that was cleared up.
+            if let Some(mut home) = Home::left_behind(data, known.and_then(|known| known.gift).map(|gift| gift.disk))? {
+                home.open()?;
+            }
+            Ok(None)
+        }
+        _ => Ok(None),
+    }
 }
 
 /// What the source has to be, now and whenever it comes back.

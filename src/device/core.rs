@@ -11,7 +11,7 @@ use super::gate::Gate;
 use super::hydration::Hydration;
 use super::messages::{CommitRequest, FetchRequest, QueueMessage};
 use crate::cache::Superblock;
-use crate::engine::{Action, ByteRange, Engine, Event, Geometry, Maps, OpId};
+use crate::engine::{Action, BlockRun, ByteRange, Engine, Event, Geometry, Maps, OpId};
 use crate::remote::FetchedData;
 use crate::uring::Mailbox;
 
@@ -212,6 +212,12 @@ impl Core {
     pub(super) fn request_commit(&self, request: CommitRequest) {
         // The commit thread outlives the others; after it there is nobody left to tell.
         let _ = self.commits.send(request);
+    }
+
+    /// Blocks that are in the cache without having been fetched; in standby, before the gate opens.
+    pub fn adopt(&self, runs: &[BlockRun]) {
+        let mut engine = lock(&self.engine);
+        runs.iter().for_each(|run| engine.adopt(*run));
     }
 
     /// Commits, then changes the superblock; both are durable when it returns. Blocks.

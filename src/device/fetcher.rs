@@ -6,18 +6,16 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Duration;
 
 use crossbeam::channel::Sender;
 
 use super::core::Core;
 use super::messages::FetchRequest;
+use super::source_side::SourceSide;
 use super::verify::{Verifier, verify};
 use crate::engine::{BlockRun, ByteRange, Errno, Event, Extent, FetchError, FetchId, Lane};
-use crate::nbd::{Ask, Standing, Told, Uri};
-use crate::remote::{
-    DialError, Expect, FetchedData, HandOffError, LossPolicy, Lost, Source, SourceEvents, SourceStats,
-};
+use crate::nbd::{Standing, Uri};
+use crate::remote::{DialError, FetchedData, HandOffError, LossPolicy, Lost, Source, SourceEvents, SourceStats};
 use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, UringError, ZeroMode, spawn};
 
 /// Most bytes that one fetch asks for.
@@ -104,7 +102,7 @@ impl FetchThread {
 
     /// What other threads ask of the source beside the engine.
     pub fn source_side(&self) -> SourceSide {
-        SourceSide { mailbox: self.mailbox.clone() }
+        SourceSide::new(self.mailbox.clone())
     }
 
     /// What compares the cache with the source.
@@ -117,40 +115,6 @@ impl FetchThread {
         self.mailbox.send(FetchRequest::Stop);
         // A panic there has ended the process.
         let _ = self.handle.join();
-    }
-}
-
-/// The source, for other threads: blocking calls.
-#[derive(Clone)]
-pub struct SourceSide {
-    mailbox: Mailbox<FetchRequest>,
-}
-
-impl SourceSide {
-    /// A step of a handoff; waits for the answer at most for so long.
-    pub fn hand_off(&self, ask: Ask, patience: Duration) -> Result<Told, HandOffError> {
-        let (answer, told) = crossbeam::channel::bounded(1);
-        self.mailbox.send(FetchRequest::HandOff { ask, answer });
-        told.recv_timeout(patience).unwrap_or(Err(HandOffError::Lost))
-    }
-
-    /// What a foreign server's contents are known by now.
-    pub fn identify(&self, patience: Duration) -> Result<String, HandOffError> {
-        let (answer, identity) = crossbeam::channel::bounded(1);
-        self.mailbox.send(FetchRequest::Identify { answer });
-        identity.recv_timeout(patience).unwrap_or(Err(HandOffError::Lost))
-    }
-
-    /// What was written since the source's disk was made from its base.
-    pub fn changed(&self, patience: Duration) -> Result<Vec<(u64, bool)>, HandOffError> {
-        let (answer, changed) = crossbeam::channel::bounded(1);
-        self.mailbox.send(FetchRequest::Changed { answer });
-        changed.recv_timeout(patience).unwrap_or(Err(HandOffError::Lost))
-    }
-
-    /// What the source has to be from now on.
-    pub fn expect(&self, expect: Expect, identity: String) {
-        self.mailbox.send(FetchRequest::Expect { expect, identity });
     }
 }
 

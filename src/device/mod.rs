@@ -22,13 +22,15 @@ mod hydration;
 mod hydrator;
 mod messages;
 mod queue;
+mod source_side;
 mod verify;
 
 pub use committer::CommitThread;
 pub use core::{Core, Counters, Health};
-pub use fetcher::{FetchThread, FetchThreadError, MAX_FETCH_BYTES, SourceHello, SourceSide};
+pub use fetcher::{FetchThread, FetchThreadError, MAX_FETCH_BYTES, SourceHello};
 pub use gate::{Gate, Phase};
 pub use hydration::{Hydration, HydrationState, Mode, ModeError};
 pub use messages::{VerifyProgress, VerifyReport};
 pub use queue::Queue;
+pub use source_side::SourceSide;
 pub use verify::Verifier;

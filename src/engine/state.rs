@@ -109,6 +109,12 @@ impl Engine {
         self.fault = Some(fault);
     }
 
+    /// Blocks that are in the cache without having been fetched: it is an older copy of the disk. Before anything else
+    /// happens to them.
+    pub fn adopt(&mut self, run: BlockRun) {
+        self.maps.mark_present(run);
+    }
+
     /// The maps that it works on.
     pub fn maps(&self) -> &Maps {
         &self.maps

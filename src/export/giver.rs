@@ -244,7 +244,8 @@ pub fn reclaim(path: &Path, force: bool) -> Result<Reclaimed, GiverError> {
     Ok(to.map_or(Reclaimed::WasHere, Reclaimed::From))
 }
 
-fn lock(image: &Image, path: &Path) -> Result<Flock<File>, GiverError> {
+/// Nobody else hands the image over, or takes it back.
+pub(super) fn lock(image: &Image, path: &Path) -> Result<Flock<File>, GiverError> {
     let file = image.duplicate().map_err(|source| ImageError::Io {
         path: path.into(),
         action: "duplicate the descriptor",

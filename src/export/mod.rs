@@ -7,10 +7,12 @@
 mod disk;
 mod fence;
 mod giver;
+mod home;
 mod image;
 mod record;
 
 pub use disk::ExportDisk;
 pub use giver::{Giver, GiverError, Reclaimed, reclaim};
+pub use home::{Home, HomeError};
 pub use image::{Image, ImageError};
 pub use record::{Record, RecordError};

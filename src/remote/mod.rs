@@ -12,6 +12,7 @@
 //! unless the source takes only one.
 
 mod dial;
+mod keep;
 mod link;
 mod policy;
 mod read;

@@ -2,21 +2,21 @@
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use event_listener::Event;
 use futures_util::FutureExt;
 use futures_util::future::{Either, select, try_join_all};
 use uuid::Uuid;
 
-use super::dial::{DialError, Spare, Spares, dial, dial_first};
+use super::BULK_LINKS;
+use super::dial::{DialError, Spares, dial_first};
+use super::keep::{identify_in_time, keep_link, watch};
 use super::link::{Link, LinkError};
 use super::policy::{LossPolicy, OnLoss};
 use super::read::FetchedData;
 use super::stats::SourceStats;
-use super::{BACKOFF, BULK_LINKS, CONNECT_TIMEOUT, MIN_SILENCE, SHORT_LIFE, SILENCE, WATCH_PERIOD};
 use crate::engine::{ByteRange, Errno, Extent, FetchError, Lane};
-use crate::identity::{IdentityHasher, sample_ranges};
 use crate::nbd::{Ask, Standing, Told, TransmissionFlags, Uri};
 use crate::uring::{Task, sleep, spawn};
 
@@ -59,29 +59,29 @@ pub struct Source {
     spares: RefCell<Spares>,
 }
 
-struct Shared {
-    uri: Uri,
-    stats: SourceStats,
-    identity: RefCell<String>,
+pub(super) struct Shared {
+    pub(super) uri: Uri,
+    pub(super) stats: SourceStats,
+    pub(super) identity: RefCell<String>,
     /// What its disk must be when it comes back.
-    expect: Cell<Expect>,
+    pub(super) expect: Cell<Expect>,
     /// How its disk stood when it was asked last.
-    standing: RefCell<Option<Standing>>,
+    pub(super) standing: RefCell<Option<Standing>>,
     /// It is a blkferry export.
-    is_ferry: bool,
-    size_bytes: u64,
-    max_read_bytes: u64,
+    pub(super) is_ferry: bool,
+    pub(super) size_bytes: u64,
+    pub(super) max_read_bytes: u64,
     /// Slot 0 serves demand; the others hydration, if there are any.
-    slots: RefCell<Vec<Option<Link>>>,
-    link_up: Event,
+    pub(super) slots: RefCell<Vec<Option<Link>>>,
+    pub(super) link_up: Event,
     /// The source was asked for a connection for hydration and did not give one: it shares the demand link then.
-    bulk_refused: Cell<bool>,
-    events: RefCell<Option<Rc<dyn SourceEvents>>>,
+    pub(super) bulk_refused: Cell<bool>,
+    pub(super) events: RefCell<Option<Rc<dyn SourceEvents>>>,
     /// Since when no link has been left.
-    lost_since: Cell<Option<Instant>>,
-    policy: LossPolicy,
+    pub(super) lost_since: Cell<Option<Instant>>,
+    pub(super) policy: LossPolicy,
     /// Nobody wants links any more.
-    hung_up: Cell<bool>,
+    pub(super) hung_up: Cell<bool>,
 }
 
 /// What a source must be when it comes back after a loss.
@@ -360,7 +360,7 @@ impl Source {
 }
 
 impl Shared {
-    fn set(&self, slot: usize, link: Option<Link>) {
+    pub(super) fn set(&self, slot: usize, link: Option<Link>) {
         self.slots.borrow_mut()[slot] = link;
         let up = self.slots.borrow().iter().flatten().filter(|link| link.is_alive()).count();
         self.stats.set_links(up);
@@ -375,7 +375,7 @@ impl Shared {
     }
 
     /// `since`: when it was heard last, or when the loss was noticed.
-    fn report_lost(&self, reason: String, since: Instant) {
+    pub(super) fn report_lost(&self, reason: String, since: Instant) {
         if self.stats.links() == 0 {
             if self.lost_since.get().is_none() {
                 self.lost_since.set(Some(since));
@@ -387,7 +387,7 @@ impl Shared {
     }
 
     /// Has it been lost for longer than requests are to wait?
-    fn is_given_up(&self) -> bool {
+    pub(super) fn is_given_up(&self) -> bool {
         let too_long = |since: Instant| match self.policy.get() {
             OnLoss::Wait => false,
             OnLoss::FailAfter(patience) => since.elapsed() >= patience,
@@ -426,163 +426,5 @@ impl Shared {
             None => best(second),
             found => found,
         }
-    }
-}
-
-/// What the disk behind a link is known by: the identity that it tells, or samples of its contents.
-async fn identify(link: &Link) -> Result<String, LinkError> {
-    if let Some(identity) = &link.session().ferry_identity {
-        return Ok(identity.clone());
-    }
-    let size_bytes = link.session().size_bytes;
-    let unit = u64::from(link.session().min_block);
-    let mut hasher = IdentityHasher::new(size_bytes, None);
-    for range in sample_ranges(size_bytes) {
-        // Whole units of the source's block size around the sample.
-        let start = range.start / unit * unit;
-        let aligned = ByteRange { start, end: range.end.next_multiple_of(unit).min(size_bytes) };
-        let data = link.read(aligned).await?;
-        let mut bytes = Vec::new();
-        data.pieces(range).iter().for_each(|part| part.append_to(&mut bytes));
-        hasher.sample(&bytes);
-    }
-    Ok(hasher.finish("sampled"))
-}
-
-async fn identify_in_time(link: &Link) -> Option<Result<String, LinkError>> {
-    match select(identify(link).boxed_local(), sleep(CONNECT_TIMEOUT).boxed_local()).await {
-        Either::Left((identified, _)) => Some(identified),
-        Either::Right(_) => None,
-    }
-}
-
-/// Keeps one slot filled for ever, at first with a spare connection if there is one.
-async fn keep_link(shared: Rc<Shared>, slot: usize, mut spare: Option<Spare>) {
-    let mut pause = BACKOFF.0;
-    let mut is_first = true;
-    loop {
-        let held = shared.slots.borrow()[slot].clone();
-        if let Some(link) = held {
-            let (since, answers) = (Instant::now(), link.answers());
-            link.dead().await;
-            shared.set(slot, None);
-            log::warn!("source {}: connection {slot} lost", shared.uri);
-            shared.report_lost("the connection was lost".into(), link.lost_since());
-            is_first = false;
-            if since.elapsed() < SHORT_LIFE && link.answers() == answers {
-                sleep(pause + jitter(pause)).await;
-                pause = (pause * 2).min(BACKOFF.1);
-            } else {
-                pause = BACKOFF.0;
-            }
-        }
-        match reconnect(&shared, is_first, spare.take()).await {
-            Ok(link) => {
-                // Whichever comes first: hydration gives its own links a chance to come up.
-                shared.bulk_refused.set(false);
-                shared.set(slot, Some(link));
-                continue;
-            }
-            Err(reason) => {
-                log::debug!("{reason}");
-                is_first = false;
-                shared.bulk_refused.set(true);
-                shared.link_up.notify(usize::MAX);
-                shared.report_lost(reason, Instant::now());
-            }
-        }
-        sleep(pause + jitter(pause)).await;
-        pause = (pause * 2).min(BACKOFF.1);
-    }
-}
-
-/// A new link to the *same* disk; anything else is refused, in words. `is_first`: nothing was lost before it.
-async fn reconnect(shared: &Shared, is_first: bool, spare: Option<Spare>) -> Result<Link, String> {
-    let dialed = match spare {
-        Some(spare) => spare.await,
-        None => dial(&shared.uri, &shared.stats, shared.is_ferry).await,
-    };
-    let dialed = dialed.map_err(|e| e.to_string())?;
-    let link = Link::start(dialed, shared.stats.clone());
-    if link.session().size_bytes != shared.size_bytes {
-        let now = link.session().size_bytes;
-        link.close();
-        return Err(format!("source {}: it has {now} bytes now, {} before: refused", shared.uri, shared.size_bytes));
-    }
-    match check_disk(shared, &link, is_first).await {
-        Ok(()) => Ok(link),
-        Err(reason) => {
-            link.close();
-            Err(format!("source {}: {reason}", shared.uri))
-        }
-    }
-}
-
-/// Is it still what it has to be?
-async fn check_disk(shared: &Shared, link: &Link, is_first: bool) -> Result<(), String> {
-    let standing = link.session().standing.clone();
-    shared.standing.borrow_mut().clone_from(&standing);
-    match (shared.expect.get(), standing) {
-        (Expect::Size, _) => return Ok(()),
-        (Expect::Disk(disk), Some(now)) if now.disk == disk => return Ok(()),
-        (Expect::Disk(disk), _) => return Err(format!("it is not disk {disk} any more: refused")),
-        (Expect::Gift { to, epoch }, Some(now)) if now.given_to == Some(to) && now.epoch == epoch => {}
-        (Expect::Gift { epoch, .. }, now) => {
-            let now = now.map_or("unknown".into(), |now| now.epoch.to_string());
-            return Err(format!(
-                "the disk was given to us in epoch {epoch}, and was taken back there since (its epoch is {now}): refused"
-            ));
-        }
-        (Expect::Contents, _) => {}
-    }
-    // Samples cost bytes: when the links come up one after the other, those of a foreign server show them once.
-    if is_first && shared.stats.links() > 0 && link.session().ferry_identity.is_none() {
-        return Ok(());
-    }
-    let before = shared.identity.borrow().clone();
-    match identify_in_time(link).await.unwrap_or(Err(LinkError::Lost)) {
-        Ok(identity) if identity == before => Ok(()),
-        Ok(identity) => {
-            Err(format!("it is not the same disk any more, or was written to ({identity}, before {before}): refused"))
-        }
-        Err(_) => Err("the connection broke while the disk was identified".into()),
-    }
-}
-
-/// Up to half of a pause, so that many clients of one source do not return in step.
-fn jitter(pause: Duration) -> Duration {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let seed = now.subsec_nanos() ^ std::process::id().wrapping_mul(0x9e37_79b9);
-    pause.mul_f64(f64::from(seed % 1000) / 2000.0)
-}
-
-/// Closes links whose source has fallen silent with requests under way, and ends the patience of those who wait for
-/// a source that is lost.
-async fn watch(shared: Rc<Shared>) {
-    let mut was_given_up = false;
-    loop {
-        sleep(WATCH_PERIOD).await;
-        let patience = match shared.policy.get() {
-            OnLoss::Wait => None,
-            OnLoss::FailAfter(patience) => Some(patience),
-        };
-        // Who is to fail soon must not wait for long to find out.
-        let silence = patience.map_or(SILENCE, |patience| SILENCE.min(patience.max(MIN_SILENCE)));
-        let slots = shared.slots.borrow();
-        let alive = || slots.iter().flatten().filter(|link| link.is_alive());
-        let silent = alive().filter_map(Link::silent_since).filter(|since| since.elapsed() > silence).min();
-        if let Some(since) = silent {
-            log::warn!("source {}: no answer for {} s, connections given up", shared.uri, silence.as_secs_f32());
-            // Those that nothing was asked of meanwhile are no better: who waits would wait as long again on them.
-            let others = alive().filter(|link| !link.heard_after(since + WATCH_PERIOD));
-            others.for_each(|link| link.close_silent(since));
-        }
-        drop(slots);
-        let given_up = shared.is_given_up();
-        if given_up && !was_given_up {
-            log::warn!("source {}: lost for too long, requests for absent blocks fail until it is back", shared.uri);
-            shared.link_up.notify(usize::MAX);
-        }
-        was_given_up = given_up;
     }
 }

@@ -64,6 +64,17 @@ impl From<File> for FileIo {
     }
 }
 
+impl FileIo {
+    /// Puts another opening in the place of this one, for all clones and under the same descriptor. Nothing may be under
+    /// way; the locks of the old opening go, unless it is held elsewhere.
+    pub fn replace(&self, file: File) -> io::Result<()> {
+        // SAFETY: both descriptors are open, and owned by what is borrowed here; `dup3` makes the second one refer to
+        // another open file without closing it for anybody else.
+        let done = unsafe { libc::dup3(file.as_raw_fd(), self.fd.as_raw_fd(), libc::O_CLOEXEC) };
+        Errno::result(done).map(drop).map_err(Into::into)
+    }
+}
+
 struct ReadOp<B> {
     _fd: Arc<OwnedFd>,
     buf: B,

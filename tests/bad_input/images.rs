@@ -54,7 +54,7 @@ fn an_image_that_a_machine_writes_to() {
     let qemu = File::options().read(true).write(true).open(&image).unwrap();
     lock(&qemu, libc::F_RDLCK, 101);
     lock(&qemu, libc::F_RDLCK, 201);
-    export_refused(&world, "image", &["open for writing", "QEMU", "--in-use"]);
+    export_refused(&world, "image", &["open for writing", "QEMU", "--handoff"]);
     let socket = format!("unix:{}", world.path("in-use").display());
     let mut export = world.command(["export", image.to_str().unwrap(), "--in-use", "--listen", &socket]);
     let mut child = export.stdout(std::process::Stdio::null()).spawn().unwrap();

@@ -17,7 +17,7 @@ use crate::{activate, control};
 const SIZE: u64 = 8 << 20;
 
 /// `blkferry export --handoff`
-fn hand_out(world: &World, image: &Path) -> Export {
+pub fn hand_out(world: &World, image: &Path) -> Export {
     let socket = world.path(&format!("h{}.sock", std::fs::read_dir(world.path("")).unwrap().count()));
     world.export_with(image, &format!("unix:{}", socket.display()), &["--handoff"])
 }
@@ -48,7 +48,7 @@ impl Drop for User {
     }
 }
 
-fn can_be_written(image: &Path) -> bool {
+pub fn can_be_written(image: &Path) -> bool {
     // As QEMU does: opens it for writing, and locks it.
     let out = Command::new("qemu-io").args(["-f", "raw", "-c", "write 0 512"]).arg(image).output().unwrap();
     out.status.success()
@@ -67,7 +67,7 @@ fn is_fenced(world: &World, image: &Path) -> bool {
 }
 
 /// Whoever tests with files that were made immutable has to take that back.
-struct Loosened<'a>(&'a Path);
+pub struct Loosened<'a>(pub &'a Path);
 
 impl Drop for Loosened<'_> {
     fn drop(&mut self) {

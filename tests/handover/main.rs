@@ -4,9 +4,11 @@
 #[path = "../common/mod.rs"]
 mod common;
 
+mod back;
 #[path = "../common/client.rs"]
 mod client;
 mod image;
+mod onward;
 
 use serde_json::{Value, json};
 

@@ -1,0 +1,212 @@
+//! Taking the disk over from the source.
+
+use std::time::{Duration, Instant};
+
+use super::{Granted, Hands, Landing, State};
+use crate::cache::{CacheState, Gift};
+use crate::control::Taken;
+use crate::device::Phase;
+use crate::engine::{BlockRun, Geometry};
+use crate::handoff::{Deed, Right, Step, Taker};
+use crate::nbd::{Ask, Told};
+use crate::remote::{Expect, HandOffError};
+
+/// Pause before the source is asked again.
+const RETRY_PAUSE: Duration = Duration::from_millis(20);
+/// How much longer than it may take the source's answer is waited for.
+const ANSWER_MARGIN: Duration = Duration::from_secs(15);
+/// Answers that only correct what we know, one after the other.
+const MAX_CORRECTIONS: u32 = 4;
+
+impl Hands {
+    /// Gets the disk from the source. Nothing changes here yet.
+    pub(in crate::daemon) fn take(&self, wait: Duration) -> Result<Taken, String> {
+        self.take_locked(&mut self.lock(), wait)
+    }
+
+    fn take_locked(&self, state: &mut State, wait: Duration) -> Result<Taken, String> {
+        let taken = |epoch, already| Taken { epoch, already, warning: None };
+        match state.right {
+            Right::Active => return Ok(taken(state.deed.epoch, true)),
+            Right::Declined => return Err(format!("{} was aborted and can never be active; detach it", self.name)),
+            Right::Standby => {}
+        }
+        if let Some(granted) = &state.granted {
+            return Ok(taken(granted.epoch, true));
+        }
+        let Some(mut taker) = state.taker else {
+            state.granted = Some(Granted { epoch: 1, identity: None });
+            let warning =
+                "the source cannot be asked to keep its writers out: see to it that nobody writes there".into();
+            return Ok(Taken { warning: Some(warning), ..taken(1, false) });
+        };
+        let deadline = Instant::now() + wait;
+        let mut corrections = 0;
+        loop {
+            let left = deadline.saturating_duration_since(Instant::now());
+            let ask = taker.take(left.as_millis() as u64).or_else(|| taker.give_back());
+            let ask = ask.ok_or_else(|| format!("{} cannot take the disk as it stands", self.name))?;
+            let told = match self.source.hand_off(ask.clone(), left + ANSWER_MARGIN) {
+                Err(HandOffError::Lost) if !left.is_zero() => {
+                    std::thread::sleep(RETRY_PAUSE);
+                    continue;
+                }
+                told => told.map_err(|e| format!("{}: {e}", self.name))?,
+            };
+            let step = match (ask, told) {
+                (Ask::GiveBack { .. }, Told::Back { epoch }) => Step::AskAgain(taker.back(epoch)),
+                (_, told) => taker.on_told(told),
+            };
+            match step {
+                Step::Activate { epoch, identity } => {
+                    state.taker = Some(taker);
+                    state.granted = Some(Granted { epoch, identity: Some(identity) });
+                    return Ok(taken(epoch, false));
+                }
+                Step::AskAgain(now) if corrections < MAX_CORRECTIONS => {
+                    corrections += 1;
+                    taker = now;
+                    state.taker = Some(now);
+                }
+                Step::AskAgain(_) => return Err(format!("{}: the source's epoch does not stand still", self.name)),
+                Step::Refused { later: true, .. } if !left.is_zero() => std::thread::sleep(RETRY_PAUSE),
+                Step::Refused { why, .. } => return Err(format!("{}: the source keeps its disk: {why}", self.name)),
+            }
+        }
+    }
+
+    /// Gets the disk from the source, if that was not done, and lets the guest write.
+    pub(in crate::daemon) fn activate(&self, wait: Duration) -> Result<Taken, String> {
+        let mut state = self.lock();
+        let taken = self.take_locked(&mut state, wait)?;
+        let Some(Granted { epoch, identity }) = state.granted.clone() else { return Ok(taken) };
+        // The source is frozen: what it says now stays true.
+        let kept = state.landing.as_ref().map(|_| self.kept()).transpose()?;
+        let gift = state.gift.map(|gift| Gift { epoch, ..gift });
+        let known_by = identity.clone();
+        self.record(move |s| {
+            s.state = CacheState::Active;
+            s.epoch = epoch;
+            s.gift = gift;
+            if let Some(identity) = known_by {
+                s.source_identity = identity;
+            }
+        })?;
+        if let Some(identity) = identity {
+            self.source.expect(Expect::Gift { to: self.me, epoch }, identity);
+        }
+        if let Some(landing) = state.landing.take()
+            && let Err(why) = land(landing)
+        {
+            // It is ours by what is on record, so that another attach goes on from here.
+            let why = format!("the disk has come home, but {why}; attach it again");
+            self.core.health.set_failed(why.clone());
+            return Err(format!("{}: {why}", self.name));
+        }
+        // Not before it is on record that the disk is ours: until then the source might go on writing it.
+        kept.iter().for_each(|runs| self.core.adopt(runs));
+        state.granted = None;
+        state.right = Right::Active;
+        state.deed = Deed { disk: self.me, epoch, given_to: None };
+        state.gift = gift;
+        self.core.gate.set(Phase::Active);
+        self.core.hydration.wake();
+        log::info!("active in epoch {epoch}: the disk is here");
+        Ok(Taken { already: false, ..taken })
+    }
+
+    /// The blocks that were not written at the source since it had the disk from here.
+    fn kept(&self) -> Result<Vec<BlockRun>, String> {
+        let changed = self.source.changed(ANSWER_MARGIN);
+        let changed =
+            changed.map_err(|e| format!("{}: what was written at the source is not known: {e}", self.name))?;
+        Ok(kept_blocks(&changed, self.core.geometry()))
+    }
+
+    /// Gives back what was taken; the device stays in standby.
+    pub(in crate::daemon) fn call_off(&self) -> Result<(), String> {
+        let mut state = self.lock();
+        if state.right == Right::Active {
+            return Err(self.too_late());
+        }
+        self.give_back(&mut state, Right::Standby)
+    }
+
+    /// Gives back what was taken; the device will never be active.
+    pub(in crate::daemon) fn abort(&self) -> Result<(), String> {
+        let mut state = self.lock();
+        if state.right == Right::Active {
+            return Err(self.too_late());
+        }
+        self.give_back(&mut state, Right::Declined)
+    }
+
+    fn too_late(&self) -> String {
+        format!(
+            "{} is active: its guest may have written here, and nothing else has that. To go back, migrate it back",
+            self.name
+        )
+    }
+
+    /// First it is on record that nothing will come of it, then the source is told.
+    fn give_back(&self, state: &mut State, right: Right) -> Result<(), String> {
+        state.granted = None;
+        let state_on_record = if right == Right::Declined { CacheState::Declined } else { CacheState::Standby };
+        let taker = state.taker.map(|taker| Taker { right, ..taker.called_off() });
+        let floor = taker.map_or(0, |taker| taker.floor);
+        self.record(move |s| (s.state, s.floor) = (state_on_record, floor))?;
+        (state.taker, state.right) = (taker, right);
+        let Some(taker) = taker else { return Ok(()) };
+        let Some(ask) = taker.give_back() else { return Ok(()) };
+        match self.source.hand_off(ask, ANSWER_MARGIN) {
+            Ok(Told::Back { epoch }) => {
+                state.taker = Some(taker.back(epoch));
+                Ok(())
+            }
+            Ok(Told::No { why, .. }) => Err(format!("{}: the source says: {why}", self.name)),
+            Ok(_) => Err(format!("{}: the source's answer makes no sense", self.name)),
+            Err(e) => Err(format!(
+                "{} will not use the disk, but the source could not be told ({e}): try again when it answers, or use \
+                 `blkferry reclaim --force` there",
+                self.name
+            )),
+        }
+    }
+}
+
+/// Opens the image for writing. What is on record elsewhere already is cleared up here.
+fn land(mut landing: Landing) -> Result<(), String> {
+    landing.home.open().map_err(|e| e.to_string())?;
+    landing.data.come_home(&landing.path).map_err(|e| e.to_string())
+}
+
+/// The whole blocks in what was not written, of stretches from the start of the disk on.
+fn kept_blocks(stretches: &[(u64, bool)], geometry: Geometry) -> Vec<BlockRun> {
+    let (block_bytes, size_bytes) = (geometry.block_bytes(), geometry.size_bytes());
+    let mut at = 0;
+    let mut runs = Vec::new();
+    for &(len_bytes, written) in stretches {
+        let (start, end) = (at, at + len_bytes);
+        at = end;
+        let first = start.div_ceil(block_bytes);
+        let last = if end == size_bytes { geometry.blocks() } else { end / block_bytes };
+        if !written && first < last {
+            runs.push(BlockRun::new(first, last));
+        }
+    }
+    runs
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_whole_blocks_are_kept() {
+        let geometry = Geometry::new(5 * 8192 + 512, 8192).unwrap();
+        let stretches = [(4096, false), (4096, true), (3 * 8192 + 512, false), (8192 - 512, true), (512, false)];
+        assert_eq!(kept_blocks(&stretches, geometry), [BlockRun::new(1, 4), BlockRun::new(5, 6)]);
+        assert_eq!(kept_blocks(&[(5 * 8192 + 512, false)], geometry), [BlockRun::new(0, 6)]);
+        assert_eq!(kept_blocks(&[], geometry), []);
+    }
+}

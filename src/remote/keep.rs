@@ -1,0 +1,174 @@
+//! Keeping the source's links up: dialling again, and looking whether it still is the same disk.
+
+use std::rc::Rc;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use futures_util::FutureExt;
+use futures_util::future::{Either, select};
+
+use super::dial::{Spare, dial};
+use super::link::{Link, LinkError};
+use super::policy::OnLoss;
+use super::source::{Expect, Shared};
+use super::{BACKOFF, CONNECT_TIMEOUT, MIN_SILENCE, SHORT_LIFE, SILENCE, WATCH_PERIOD};
+use crate::engine::ByteRange;
+use crate::identity::{IdentityHasher, sample_ranges};
+use crate::uring::sleep;
+
+/// What the disk behind a link is known by: the identity that it tells, or samples of its contents.
+async fn identify(link: &Link) -> Result<String, LinkError> {
+    if let Some(identity) = &link.session().ferry_identity {
+        return Ok(identity.clone());
+    }
+    let size_bytes = link.session().size_bytes;
+    let unit = u64::from(link.session().min_block);
+    let mut hasher = IdentityHasher::new(size_bytes, None);
+    for range in sample_ranges(size_bytes) {
+        // Whole units of the source's block size around the sample.
+        let start = range.start / unit * unit;
+        let aligned = ByteRange { start, end: range.end.next_multiple_of(unit).min(size_bytes) };
+        let data = link.read(aligned).await?;
+        let mut bytes = Vec::new();
+        data.pieces(range).iter().for_each(|part| part.append_to(&mut bytes));
+        hasher.sample(&bytes);
+    }
+    Ok(hasher.finish("sampled"))
+}
+
+pub(super) async fn identify_in_time(link: &Link) -> Option<Result<String, LinkError>> {
+    match select(identify(link).boxed_local(), sleep(CONNECT_TIMEOUT).boxed_local()).await {
+        Either::Left((identified, _)) => Some(identified),
+        Either::Right(_) => None,
+    }
+}
+
+/// Keeps one slot filled for ever, at first with a spare connection if there is one.
+pub(super) async fn keep_link(shared: Rc<Shared>, slot: usize, mut spare: Option<Spare>) {
+    let mut pause = BACKOFF.0;
+    let mut is_first = true;
+    loop {
+        let held = shared.slots.borrow()[slot].clone();
+        if let Some(link) = held {
+            let (since, answers) = (Instant::now(), link.answers());
+            link.dead().await;
+            shared.set(slot, None);
+            log::warn!("source {}: connection {slot} lost", shared.uri);
+            shared.report_lost("the connection was lost".into(), link.lost_since());
+            is_first = false;
+            if since.elapsed() < SHORT_LIFE && link.answers() == answers {
+                sleep(pause + jitter(pause)).await;
+                pause = (pause * 2).min(BACKOFF.1);
+            } else {
+                pause = BACKOFF.0;
+            }
+        }
+        match reconnect(&shared, is_first, spare.take()).await {
+            Ok(link) => {
+                // Whichever comes first: hydration gives its own links a chance to come up.
+                shared.bulk_refused.set(false);
+                shared.set(slot, Some(link));
+                continue;
+            }
+            Err(reason) => {
+                log::debug!("{reason}");
+                is_first = false;
+                shared.bulk_refused.set(true);
+                shared.link_up.notify(usize::MAX);
+                shared.report_lost(reason, Instant::now());
+            }
+        }
+        sleep(pause + jitter(pause)).await;
+        pause = (pause * 2).min(BACKOFF.1);
+    }
+}
+
+/// A new link to the *same* disk; anything else is refused, in words. `is_first`: nothing was lost before it.
+async fn reconnect(shared: &Shared, is_first: bool, spare: Option<Spare>) -> Result<Link, String> {
+    let dialed = match spare {
+        Some(spare) => spare.await,
+        None => dial(&shared.uri, &shared.stats, shared.is_ferry).await,
+    };
+    let dialed = dialed.map_err(|e| e.to_string())?;
+    let link = Link::start(dialed, shared.stats.clone());
+    if link.session().size_bytes != shared.size_bytes {
+        let now = link.session().size_bytes;
+        link.close();
+        return Err(format!("source {}: it has {now} bytes now, {} before: refused", shared.uri, shared.size_bytes));
+    }
+    match check_disk(shared, &link, is_first).await {
+        Ok(()) => Ok(link),
+        Err(reason) => {
+            link.close();
+            Err(format!("source {}: {reason}", shared.uri))
+        }
+    }
+}
+
+/// Is it still what it has to be?
+async fn check_disk(shared: &Shared, link: &Link, is_first: bool) -> Result<(), String> {
+    let standing = link.session().standing.clone();
+    shared.standing.borrow_mut().clone_from(&standing);
+    match (shared.expect.get(), standing) {
+        (Expect::Size, _) => return Ok(()),
+        (Expect::Disk(disk), Some(now)) if now.disk == disk => return Ok(()),
+        (Expect::Disk(disk), _) => return Err(format!("it is not disk {disk} any more: refused")),
+        (Expect::Gift { to, epoch }, Some(now)) if now.given_to == Some(to) && now.epoch == epoch => {}
+        (Expect::Gift { epoch, .. }, now) => {
+            let now = now.map_or("unknown".into(), |now| now.epoch.to_string());
+            return Err(format!(
+                "the disk was given to us in epoch {epoch}, and was taken back there since (its epoch is {now}): refused"
+            ));
+        }
+        (Expect::Contents, _) => {}
+    }
+    // Samples cost bytes: when the links come up one after the other, those of a foreign server show them once.
+    if is_first && shared.stats.links() > 0 && link.session().ferry_identity.is_none() {
+        return Ok(());
+    }
+    let before = shared.identity.borrow().clone();
+    match identify_in_time(link).await.unwrap_or(Err(LinkError::Lost)) {
+        Ok(identity) if identity == before => Ok(()),
+        Ok(identity) => {
+            Err(format!("it is not the same disk any more, or was written to ({identity}, before {before}): refused"))
+        }
+        Err(_) => Err("the connection broke while the disk was identified".into()),
+    }
+}
+
+/// Up to half of a pause, so that many clients of one source do not return in step.
+fn jitter(pause: Duration) -> Duration {
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+    let seed = now.subsec_nanos() ^ std::process::id().wrapping_mul(0x9e37_79b9);
+    pause.mul_f64(f64::from(seed % 1000) / 2000.0)
+}
+
+/// Closes links whose source has fallen silent with requests under way, and ends the patience of those who wait for
+/// a source that is lost.
+pub(super) async fn watch(shared: Rc<Shared>) {
+    let mut was_given_up = false;
+    loop {
+        sleep(WATCH_PERIOD).await;
+        let patience = match shared.policy.get() {
+            OnLoss::Wait => None,
+            OnLoss::FailAfter(patience) => Some(patience),
+        };
+        // Who is to fail soon must not wait for long to find out.
+        let silence = patience.map_or(SILENCE, |patience| SILENCE.min(patience.max(MIN_SILENCE)));
+        let slots = shared.slots.borrow();
+        let alive = || slots.iter().flatten().filter(|link| link.is_alive());
+        let silent = alive().filter_map(Link::silent_since).filter(|since| since.elapsed() > silence).min();
+        if let Some(since) = silent {
+            log::warn!("source {}: no answer for {} s, connections given up", shared.uri, silence.as_secs_f32());
+            // Those that nothing was asked of meanwhile are no better: who waits would wait as long again on them.
+            let others = alive().filter(|link| !link.heard_after(since + WATCH_PERIOD));
+            others.for_each(|link| link.close_silent(since));
+        }
+        drop(slots);
+        let given_up = shared.is_given_up();
+        if given_up && !was_given_up {
+            log::warn!("source {}: lost for too long, requests for absent blocks fail until it is back", shared.uri);
+            shared.link_up.notify(usize::MAX);
+        }
+        was_given_up = given_up;
+    }
+}
