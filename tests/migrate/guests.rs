@@ -220,10 +220,12 @@ fn a_source_that_dies_after_it_has_sent_everything_is_not_missed() {
     site.b.wait_stamps(5);
 }
 
+type Fault = fn(&mut Site);
+
 /// Has something die at a step, once.
 struct Saboteur<'a> {
     step: &'static str,
-    fault: Option<fn(&mut Site)>,
+    fault: Option<Fault>,
     site: &'a mut Site,
 }
 
@@ -241,7 +243,7 @@ impl Watcher for Saboteur<'_> {
 /// Whatever dies before the source has let go of its image: the guest goes on there, and so does its writer.
 #[test]
 fn what_dies_before_the_switchover_leaves_the_guest_at_the_source() {
-    let faults: [(&str, fn(&mut Site)); 4] = [
+    let faults: [(&str, Fault); 4] = [
         ("WaitMemory", |site| site.b.kill()),
         ("WaitMemory", |site| site.link.cut()),
         ("Continue", |site| site.kill_daemon()),
