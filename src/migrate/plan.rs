@@ -152,7 +152,8 @@ impl View {
         use Migration::{Cancelling, Moving, PreSwitchover, Switching};
         match &self.source {
             Ok(machine) => {
-                machine.run == Run::MovedAway
+                // QEMU's migration is completed a moment before its guest counts as moved away.
+                matches!(machine.run, Run::MovedAway | Run::Stopped)
                     || matches!(machine.migration, Moving | PreSwitchover | Switching | Cancelling)
             }
             Err(_) => self.is_loaded() || self.has_active(),

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 use std::time::Duration;
 
-use blkferry::migrate::plan::{Run, Step, Stuck};
+use blkferry::migrate::plan::{Machine, Migration, Run, Step, Stuck, View};
 use blkferry::migrate::{Driver, Limits, Memory, Outcome, Watcher};
 
 use crate::sim::{Fault, Sim};
@@ -206,4 +206,18 @@ fn a_disk_that_was_not_really_given_back_is_noticed() {
         sim.lies = true;
         drive(&mut sim, &[(at, Fault::Destination)]);
     }
+}
+
+/// QEMU says *completed* a moment before it says that its guest has been moved away: whoever looks then is midway.
+#[test]
+fn a_guest_that_stands_still_for_a_migration_is_midway() {
+    let at = |run, migration| {
+        let source = Ok(Machine { run, migration });
+        View { source, destination: Err("it has ended".into()), disks: Vec::new() }.is_midway()
+    };
+    assert!(at(Run::Stopped, Migration::Completed));
+    assert!(at(Run::MovedAway, Migration::Completed));
+    assert!(at(Run::Running, Migration::Moving));
+    assert!(!at(Run::Running, Migration::None));
+    assert!(!at(Run::Running, Migration::Completed), "it was let go again after an earlier one");
 }
