@@ -23,6 +23,8 @@
 //! |---|---|---|
 //! | [`cli`] | one file a verb | everything below |
 //! | [`daemon`] | one device: puts the parts together and takes them apart | everything below |
+//! | [`migrate`] | moves a QEMU guest whose disks are in standby | `control`, `qmp` |
+//! | [`qmp`] | QEMU's machine protocol | nothing |
 //! | [`control`] | control socket, status, run directory | `device` (reports), `uring` |
 //! | [`frontend`] | how the guest reaches the device | `device`, `server`, `ublk` |
 //! | [`export`] | the source side: an image on offer | `server`, `identity` |
@@ -80,7 +82,9 @@ pub mod export;
 pub mod frontend;
 pub mod handoff;
 pub mod identity;
+pub mod migrate;
 pub mod nbd;
+pub mod qmp;
 pub mod remote;
 pub mod server;
 pub mod size;

@@ -18,13 +18,19 @@ import hydrate
 import instructions
 import local
 import loopback
+import migrate
 import plot
 import size
 import ublk
 import writes
 from tools import Bench, run
 
-COMPONENTS = {module.__name__: module for module in (hydrate, loopback, demand, local, writes, busy, hostile, size, instructions, boot, ublk, clone)}
+COMPONENTS = {
+    module.__name__: module
+    for module in (
+        hydrate, loopback, demand, local, writes, busy, hostile, size, instructions, boot, ublk, clone, migrate
+    )
+}
 
 
 def machine():

@@ -118,16 +118,17 @@ class Relay:
         self.process = process
         self.address = process.stdout.readline().strip()
 
-    def counts(self):
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return [int(count) for count in self.process.stdout.readline().split()]
+    def bytes_to_client(self):
+        return self.bytes()[1]
 
     def bytes_to_server(self):
-        return self.counts()[0]
+        return self.bytes()[0]
 
-    def bytes_to_client(self):
-        return self.counts()[1]
+    def bytes(self):
+        """What has gone to the server, and to the client."""
+        self.process.stdin.write("\n")
+        self.process.stdin.flush()
+        return [int(number) for number in self.process.stdout.readline().split()]
 
 
 @contextlib.contextmanager

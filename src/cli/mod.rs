@@ -5,6 +5,8 @@ macro_rules! outln {
     ($($words:tt)*) => { $crate::cli::say(format_args!($($words)*))? };
 }
 
+mod abort;
+mod activate;
 mod attach;
 mod detach;
 mod display;
@@ -12,6 +14,7 @@ mod export;
 mod generate;
 mod launch;
 mod list;
+mod migrate;
 mod reclaim;
 mod recover;
 mod set;
@@ -57,6 +60,9 @@ enum Verb {
     Detach(detach::Args),
     Verify(verify::Args),
     Recover(recover::Args),
+    Migrate(migrate::Args),
+    Activate(activate::Args),
+    Abort(abort::Args),
     Reclaim(reclaim::Args),
     #[command(hide = true)]
     Generate(generate::Args),
@@ -75,6 +81,9 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Verb::Detach(args) => detach::run(args),
         Verb::Verify(args) => verify::run(args),
         Verb::Recover(args) => recover::run(args, cli.verbose),
+        Verb::Migrate(args) => migrate::run(args),
+        Verb::Activate(args) => activate::run(args),
+        Verb::Abort(args) => abort::run(args),
         Verb::Reclaim(args) => reclaim::run(args),
         Verb::Generate(args) => generate::run(args),
     }

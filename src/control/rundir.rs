@@ -110,6 +110,11 @@ impl RunDir {
         }
     }
 
+    /// A directory that is there.
+    pub fn at(path: PathBuf) -> Self {
+        Self { path }
+    }
+
     fn locate() -> PathBuf {
         if let Some(path) = std::env::var_os("BLKFERRY_RUN_DIR") {
             return path.into();
