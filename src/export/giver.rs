@@ -75,7 +75,10 @@ pub struct Giver {
     path: PathBuf,
     /// Nobody else hands this image over; its descriptor also holds the image locks.
     file: Flock<File>,
+    /// Locked for moments only: whoever connects is told of it.
     record: Mutex<Record>,
+    /// One step at a time.
+    turn: Mutex<()>,
 }
 
 impl Giver {
@@ -95,7 +98,8 @@ impl Giver {
         if fresh {
             record.write(&record_path)?;
         }
-        let giver = Self { image: path.into(), path: record_path, file, record: Mutex::new(record) };
+        let giver =
+            Self { image: path.into(), path: record_path, file, record: Mutex::new(record), turn: Mutex::default() };
         giver.settle(&image)?;
         Ok((image, Some(Arc::new(giver))))
     }
@@ -135,8 +139,8 @@ impl Giver {
     }
 
     fn perform(&self, image: &Image, ask: &Ask) -> Result<Told, NbdError> {
-        // One at a time.
-        let mut record = self.record.lock().unwrap_or_else(PoisonError::into_inner);
+        let _turn = self.turn.lock().unwrap_or_else(PoisonError::into_inner);
+        let record = self.record();
         let epoch = record.deed.epoch;
         match record.deed.on(ask) {
             Move::Say(told) => Ok(told),
@@ -149,25 +153,21 @@ impl Giver {
                     let later = matches!(e, ImageError::InUse(_));
                     return Ok(Told::No { why: e.to_string(), epoch, later });
                 }
-                self.give(image, &mut record, deed)
+                self.give(image, record, deed)
             }
             Move::TakeBack(deed) => {
-                let back = Record { deed, identity: None, ..record.clone() };
-                self.write(&mut record, back)?;
-                fence::lower(&self.file, record.mode).map_err(|e| self.failed("the fence", &e))?;
+                let (mode, epoch) = (record.mode, deed.epoch);
+                self.write(Record { deed, identity: None, ..record })?;
+                fence::lower(&self.file, mode).map_err(|e| self.failed("the fence", &e))?;
                 image.let_writers_in().map_err(|e| self.failed("its locks", &e))?;
-                log::info!(
-                    "image {}: called off, the disk is here in epoch {}",
-                    self.image.display(),
-                    record.deed.epoch
-                );
-                Ok(Told::Back { epoch: record.deed.epoch })
+                log::info!("image {}: called off, the disk is here in epoch {}", self.image.display(), epoch);
+                Ok(Told::Back { epoch })
             }
         }
     }
 
     /// Writers are kept out.
-    fn give(&self, image: &Image, record: &mut Record, deed: Deed) -> Result<Told, NbdError> {
+    fn give(&self, image: &Image, record: Record, deed: Deed) -> Result<Told, NbdError> {
         self.file.sync_all().map_err(|e| self.failed("sync", &e))?;
         let identity = image.identity().map_err(|e| self.failed("its identity", &e))?;
         let mode = match record.mode {
@@ -181,7 +181,7 @@ impl Giver {
         }
         let epoch = deed.epoch;
         let to = deed.given_to.map(|to| to.to_string()).unwrap_or_default();
-        self.write(record, Record { deed, identity: Some(identity.clone()), mode, ..record.clone() })?;
+        self.write(Record { deed, identity: Some(identity.clone()), mode, ..record })?;
         self.fence();
         if !again {
             log::info!("image {}: given to {to} in epoch {epoch}", self.image.display());
@@ -189,11 +189,11 @@ impl Giver {
         Ok(Told::Given { epoch, identity })
     }
 
-    fn write(&self, record: &mut Record, new: Record) -> Result<(), NbdError> {
+    fn write(&self, new: Record) -> Result<(), NbdError> {
         // If this fails it may be on disk or not. Writers stay out, nobody is told anything, and whoever asks again
         // writes it again.
         new.write(&self.path).map_err(|e| self.failed("its record", &e))?;
-        *record = new;
+        *self.record.lock().unwrap_or_else(PoisonError::into_inner) = new;
         Ok(())
     }
 

@@ -326,3 +326,26 @@ fn a_device_that_was_aborted_is_never_active() {
     assert!(can_be_written(&image));
     assert!(!cache.exists());
 }
+
+#[test]
+fn who_looks_on_does_not_wait_for_a_step() {
+    let world = World::new();
+    let image = world.path("a.raw");
+    make_image(&image, SIZE, &[(0, SIZE)]);
+    let _loosened = Loosened(&image);
+    let user = User::of(&world, &image);
+    let export = hand_out(&world, &image);
+    let device = world.attach(&export.uri, &world.path("b.raw"), "b", &["--standby"]);
+    let taken = std::thread::scope(|scope| {
+        let taking = scope.spawn(|| control(&device, &json!({ "do": "take", "wait_ms": 8000 })));
+        std::thread::sleep(std::time::Duration::from_millis(200));
+        assert_eq!(device.status()["state"], "standby");
+        // Reads go on, and newcomers are served.
+        assert_eq!(Client::connect(&device.uri).read(0, 4096), noise(0xfe44, 4096));
+        assert_eq!(Client::connect(&export.uri).read(4096, 512), noise(0xfe44, 8192)[4096..4608]);
+        assert!(!taking.is_finished(), "the machine still has the disk there");
+        user.leave();
+        taking.join().unwrap()
+    });
+    assert_eq!(taken.unwrap()["epoch"], 2);
+}

@@ -19,19 +19,19 @@ fn identity_of(deed: &Deed) -> String {
 
 impl Owner for Hands {
     fn standing(&self) -> Option<Standing> {
-        let state = self.lock();
-        let Deed { disk, epoch, given_to } = state.deed;
-        let base = state.gift.filter(|gift| gift.epoch > 0 && state.dirty_exact && self.core.health.is_complete());
+        let shown = self.shown();
+        let Deed { disk, epoch, given_to } = shown.deed;
+        let base = shown.gift.filter(|gift| gift.epoch > 0 && shown.dirty_exact && self.core.health.is_complete());
         let base = base.map(|gift| Base { disk: gift.disk, epoch: gift.epoch });
-        (state.right == Right::Active).then_some(Standing { version: HANDOFF_VERSION, disk, epoch, given_to, base })
+        (shown.right == Right::Active).then_some(Standing { version: HANDOFF_VERSION, disk, epoch, given_to, base })
     }
 
     fn identity(&self) -> String {
-        identity_of(&self.lock().deed)
+        identity_of(&self.shown().deed)
     }
 
     fn hand_off(&self, ask: &Ask) -> Result<Told, NbdError> {
-        let mut state = self.lock();
+        let mut state = self.step();
         let epoch = state.deed.epoch;
         let no = |why: String, later| Ok(Told::No { why, epoch, later });
         if state.right != Right::Active {

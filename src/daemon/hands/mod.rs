@@ -4,6 +4,7 @@
 mod giving;
 mod taking;
 
+use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -33,7 +34,6 @@ struct State {
     gift: Option<Gift>,
     dirty_exact: bool,
     released: bool,
-    export: Option<String>,
     landing: Option<Landing>,
 }
 
@@ -51,6 +51,64 @@ pub(super) struct Hands {
     source: SourceSide,
     me: Uuid,
     state: Mutex<State>,
+    /// As the last step left it: whoever only looks does not wait for the one that is under way.
+    shown: Mutex<Shown>,
+    /// Where it is offered to others.
+    export: Mutex<Option<String>>,
+}
+
+/// What can be seen of the state.
+#[derive(Clone, Debug)]
+struct Shown {
+    right: Right,
+    deed: Deed,
+    source_disk: Option<Uuid>,
+    gift: Option<Gift>,
+    dirty_exact: bool,
+    released: bool,
+}
+
+impl Shown {
+    fn of(state: &State) -> Self {
+        Self {
+            right: state.right,
+            deed: state.deed.clone(),
+            source_disk: state.taker.map(|taker| taker.disk),
+            gift: state.gift,
+            dirty_exact: state.dirty_exact,
+            released: state.released,
+        }
+    }
+}
+
+/// The state while a step is done. When it is let go, everybody sees what came of it.
+struct Held<'a> {
+    state: MutexGuard<'a, State>,
+    shown: &'a Mutex<Shown>,
+}
+
+impl Deref for Held<'_> {
+    type Target = State;
+
+    fn deref(&self) -> &State {
+        &self.state
+    }
+}
+
+impl DerefMut for Held<'_> {
+    fn deref_mut(&mut self) -> &mut State {
+        &mut self.state
+    }
+}
+
+impl Drop for Held<'_> {
+    fn drop(&mut self) {
+        *lock(self.shown) = Shown::of(&self.state);
+    }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Is the disk ours by what is on record?
@@ -92,25 +150,25 @@ impl Hands {
             gift: superblock.gift,
             dirty_exact: superblock.dirty_exact,
             released: false,
-            export: None,
             landing: None,
         };
-        Self { name, core, source, me, state: Mutex::new(state) }
+        let shown = Mutex::new(Shown::of(&state));
+        Self { name, core, source, me, state: Mutex::new(state), shown, export: Mutex::default() }
     }
 
     /// Is it in standby?
     pub(super) fn waits(&self) -> bool {
-        self.lock().right == Right::Standby
+        self.shown().right == Right::Standby
     }
 
     /// Was the disk given to us, whatever became of it since?
     pub(super) fn is_ours(&self) -> bool {
-        self.lock().right == Right::Active
+        self.shown().right == Right::Active
     }
 
     /// Of a disk that was given away: does whoever has it have all of it?
     pub(super) fn is_released(&self) -> bool {
-        self.lock().released
+        self.shown().released
     }
 
     /// As if the guest had written.
@@ -118,29 +176,34 @@ impl Hands {
         self.core.gate.ring();
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Waits for the step that is under way, and begins the next.
+    fn step(&self) -> Held<'_> {
+        Held { state: lock(&self.state), shown: &self.shown }
+    }
+
+    fn shown(&self) -> Shown {
+        lock(&self.shown).clone()
     }
 
     pub(super) fn status(&self) -> HandoffStatus {
-        let state = self.lock();
+        let Shown { deed, source_disk, released, .. } = self.shown();
         HandoffStatus {
             disk: self.me.to_string(),
-            epoch: state.deed.epoch,
-            source_disk: state.taker.map(|taker| taker.disk.to_string()),
-            given_to: state.deed.given_to.map(|to| to.to_string()),
-            released: state.released,
-            export: state.export.clone(),
+            epoch: deed.epoch,
+            source_disk: source_disk.map(|disk| disk.to_string()),
+            given_to: deed.given_to.map(|to| to.to_string()),
+            released,
+            export: lock(&self.export).clone(),
         }
     }
 
     /// The disk comes home: what was not written since is in this image.
     pub(super) fn set_landing(&self, landing: Landing) {
-        self.lock().landing = Some(landing);
+        self.step().landing = Some(landing);
     }
 
     pub(super) fn set_export(&self, uri: Option<String>) {
-        self.lock().export = uri;
+        *lock(&self.export) = uri;
     }
 
     fn record(&self, change: impl FnOnce(&mut Superblock) + Send + 'static) -> Result<(), String> {

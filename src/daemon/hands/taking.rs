@@ -21,10 +21,10 @@ const MAX_CORRECTIONS: u32 = 4;
 impl Hands {
     /// Gets the disk from the source. Nothing changes here yet.
     pub(in crate::daemon) fn take(&self, wait: Duration) -> Result<Taken, String> {
-        self.take_locked(&mut self.lock(), wait)
+        self.take_in(&mut self.step(), wait)
     }
 
-    fn take_locked(&self, state: &mut State, wait: Duration) -> Result<Taken, String> {
+    fn take_in(&self, state: &mut State, wait: Duration) -> Result<Taken, String> {
         let taken = |epoch, already| Taken { epoch, already, warning: None };
         match state.right {
             Right::Active => return Ok(taken(state.deed.epoch, true)),
@@ -77,8 +77,8 @@ impl Hands {
 
     /// Gets the disk from the source, if that was not done, and lets the guest write.
     pub(in crate::daemon) fn activate(&self, wait: Duration) -> Result<Taken, String> {
-        let mut state = self.lock();
-        let taken = self.take_locked(&mut state, wait)?;
+        let mut state = self.step();
+        let taken = self.take_in(&mut state, wait)?;
         let Some(Granted { epoch, identity }) = state.granted.clone() else { return Ok(taken) };
         // The source is frozen: what it says now stays true.
         let kept = state.landing.as_ref().map(|_| self.kept()).transpose()?;
@@ -127,7 +127,7 @@ impl Hands {
 
     /// Gives back what was taken; the device stays in standby.
     pub(in crate::daemon) fn call_off(&self) -> Result<(), String> {
-        let mut state = self.lock();
+        let mut state = self.step();
         if state.right == Right::Active {
             return Err(self.too_late());
         }
@@ -136,7 +136,7 @@ impl Hands {
 
     /// Gives back what was taken; the device will never be active.
     pub(in crate::daemon) fn abort(&self) -> Result<(), String> {
-        let mut state = self.lock();
+        let mut state = self.step();
         if state.right == Right::Active {
             return Err(self.too_late());
         }
