@@ -186,7 +186,9 @@ fn start_on(
         logical_bytes(facts.size_bytes, unit)
     })?;
     let standing = hello.as_ref().and_then(|hello| hello.standing.as_ref());
-    if options.standby.is_some() && standing.is_none() && hello.as_ref().is_some_and(|hello| hello.sends_holes) {
+    let is_ours = known.as_ref().map(right_of) == Some(Right::Active);
+    let gives_nothing = standing.is_none() && hello.as_ref().is_some_and(|hello| hello.sends_holes);
+    if options.standby.is_some() && !is_ours && gives_nothing {
         return Err(DaemonError::NoHandoff(options.source.clone()));
     }
     let home = home_of(&places.data, known.as_ref(), standing)?;

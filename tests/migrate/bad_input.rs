@@ -150,7 +150,8 @@ fn disks_are_activated_and_called_off_by_hand() {
     assert_eq!(state(), "standby", "all or none");
     let said = world.ok(["activate", "web", "--wait", "1s"]);
     assert!(said.contains("web: active, in epoch 2"), "{said}");
-    assert_eq!(state(), "active");
+    // A small disk is here in no time.
+    assert!(["active", "complete"].contains(&state().as_str().unwrap()), "{}", state());
     let said = world.ok(["activate", "web"]);
     assert!(said.contains("already active, in epoch 2"), "{said}");
     let line = world.refused(["abort", "web"]);
