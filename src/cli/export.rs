@@ -5,13 +5,11 @@ use std::process::ExitCode;
 use std::rc::Rc;
 use std::time::Duration;
 
-use anyhow::Context;
-
 use super::display;
 use crate::daemon::wait_for_stop_signal;
 use crate::export::{ExportDisk, Giver};
 use crate::nbd::{Address, Standing};
-use crate::server::{ServeStats, Server};
+use crate::server::{ServeStats, Server, listen};
 use crate::uring::{Listener, Mailbox, Reactor, require_io_uring};
 
 /// How long replies under way may take when the export stops.
@@ -52,8 +50,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let size_bytes = image.size_bytes();
     let standing = giver.as_ref().map(|giver| giver.standing());
     let disk = ExportDisk::new(image, giver, args.name.clone())?;
-    let listeners = args.listen.iter().map(listen).collect::<anyhow::Result<Vec<_>>>()?;
-    let uris: Vec<String> = listeners.iter().map(|(_, uri)| uri(args)).collect();
+    let listeners = args.listen.iter().map(listen).collect::<Result<Vec<_>, _>>()?;
+    let uri = |(_, address): &(Listener, Address)| address.clone().uri(&args.name).to_string();
+    let uris: Vec<String> = listeners.iter().map(uri).collect();
     announce(args, size_bytes, &uris, standing.as_ref())?;
     super::tell_service_manager(&format!("serving {}", uris.join(" ")))?;
     let stats = ServeStats::default();
@@ -69,26 +68,6 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     })?;
     log::info!("{} sent", display::bytes(told.sent_bytes()));
     Ok(ExitCode::SUCCESS)
-}
-
-type MakeUri = Box<dyn Fn(&Args) -> String>;
-
-fn listen(address: &Address) -> anyhow::Result<(Listener, MakeUri)> {
-    match address {
-        Address::Unix(path) => {
-            let path = std::path::absolute(path).with_context(|| format!("socket {}", path.display()))?;
-            let address = Address::Unix(path.clone());
-            Ok((Listener::unix(&path)?, Box::new(move |args| address.clone().uri(&args.name).to_string())))
-        }
-        Address::Tcp { host, port } => {
-            let all = host.is_empty();
-            let listener = Listener::tcp(if all { "::" } else { host }, *port)?;
-            let port = listener.local().rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or(*port);
-            let host = if all { "localhost".to_owned() } else { host.clone() };
-            let address = Address::Tcp { host, port };
-            Ok((listener, Box::new(move |args| address.clone().uri(&args.name).to_string())))
-        }
-    }
 }
 
 fn announce(args: &Args, size_bytes: u64, uris: &[String], standing: Option<&Standing>) -> anyhow::Result<()> {

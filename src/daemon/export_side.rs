@@ -6,7 +6,8 @@ use super::hands::Hands;
 use crate::device::Core;
 use crate::frontend::Onward;
 use crate::nbd::Address;
-use crate::uring::{FileIo, Listener};
+use crate::server::listen;
+use crate::uring::FileIo;
 
 /// See the module's page.
 pub(super) struct ExportSide {
@@ -35,7 +36,7 @@ impl ExportSide {
 
     /// Listens there, and nowhere else any more; says under which URI it is found.
     pub(super) fn start(&self, address: &Address) -> Result<String, String> {
-        let (listener, address) = listen(address)?;
+        let (listener, address) = listen(address).map_err(|e| e.to_string())?;
         let mut state = self.lock();
         if let State::Idle(cache) = &*state {
             let (core, hands) = (self.core.clone(), self.hands.clone());
@@ -64,24 +65,6 @@ impl ExportSide {
     pub(super) fn stop(&self) {
         if let State::Running(onward) = std::mem::replace(&mut *self.lock(), State::Ended) {
             onward.stop();
-        }
-    }
-}
-
-/// The listener, and where it really listens: a port of 0 is any that is free.
-fn listen(address: &Address) -> Result<(Listener, Address), String> {
-    match address {
-        Address::Unix(path) => {
-            let path = std::path::absolute(path).map_err(|e| format!("socket {}: {e}", path.display()))?;
-            let listener = Listener::unix(&path).map_err(|e| e.to_string())?;
-            Ok((listener, Address::Unix(path)))
-        }
-        Address::Tcp { host, port } => {
-            let all = host.is_empty();
-            let listener = Listener::tcp(if all { "::" } else { host }, *port).map_err(|e| e.to_string())?;
-            let port = listener.local().rsplit_once(':').and_then(|(_, port)| port.parse().ok()).unwrap_or(*port);
-            let host = if all { "localhost".to_owned() } else { host.clone() };
-            Ok((listener, Address::Tcp { host, port }))
         }
     }
 }

@@ -7,13 +7,8 @@ use super::giver::Giver;
 use super::image::{Image, ImageError};
 use crate::engine::ByteRange;
 use crate::nbd::{Ask, DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, Told, TransmissionFlags};
-use crate::server::{Disk, DiskExtent, without_zeros};
+use crate::server::{Disk, DiskExtent, hash_by_reading, without_zeros};
 use crate::uring::Part;
-
-/// Piece in which a range is read to be hashed.
-const HASH_READ_BYTES: u64 = 1 << 20;
-/// Longest range that one request for hashes may name.
-const MAX_HASHED_BYTES: u64 = 64 << 20;
 
 /// An image on offer.
 pub struct ExportDisk {
@@ -95,17 +90,6 @@ impl Disk for ExportDisk {
     }
 
     async fn hashes(&self, range: ByteRange, piece_bytes: u32) -> Result<Vec<[u8; 32]>, NbdError> {
-        if range.len() > MAX_HASHED_BYTES {
-            return Err(NbdError::Overflow);
-        }
-        let mut hashes = Vec::with_capacity(range.len().div_ceil(u64::from(piece_bytes)) as usize);
-        let mut at = range.start;
-        while at < range.end {
-            let len = HASH_READ_BYTES.min(range.end - at);
-            let bytes = self.read_bytes(ByteRange::new(at, len)).await?;
-            hashes.extend(bytes.chunks(piece_bytes as usize).map(|piece| *blake3::hash(piece).as_bytes()));
-            at += len;
-        }
-        Ok(hashes)
+        hash_by_reading(self, range, piece_bytes).await
     }
 }

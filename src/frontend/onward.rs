@@ -13,15 +13,11 @@ use super::FrontendError;
 use crate::device::{Core, Queue};
 use crate::engine::{BlockRun, ByteRange, Errno};
 use crate::nbd::{Ask, DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, Standing, Told, TransmissionFlags};
-use crate::server::{Disk, DiskExtent, ServeStats, Server, without_zeros};
+use crate::server::{Disk, DiskExtent, ServeStats, Server, hash_by_reading, without_zeros};
 use crate::uring::{FileIo, Listener, Mailbox, Part, Reactor, spawn};
 
 /// How long replies under way may take when it stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
-/// Piece in which a range is read to be hashed.
-const HASH_READ_BYTES: u64 = 1 << 20;
-/// Longest range that one request for hashes may name.
-const MAX_HASHED_BYTES: u64 = 64 << 20;
 
 /// Who decides about the disk. The calls may block.
 pub trait Owner: Send + Sync + 'static {
@@ -172,20 +168,7 @@ impl Disk for OnwardDisk {
     }
 
     async fn hashes(&self, range: ByteRange, piece_bytes: u32) -> Result<Vec<[u8; 32]>, NbdError> {
-        if range.len() > MAX_HASHED_BYTES {
-            return Err(NbdError::Overflow);
-        }
-        let mut hashes = Vec::with_capacity(range.len().div_ceil(u64::from(piece_bytes)) as usize);
-        let mut at = range.start;
-        while at < range.end {
-            let len = HASH_READ_BYTES.min(range.end - at);
-            let mut bytes = Vec::with_capacity(len as usize);
-            let parts = self.queue.read(ByteRange::new(at, len)).await.map_err(nbd_error)?;
-            parts.iter().for_each(|part| part.append_to(&mut bytes));
-            hashes.extend(bytes.chunks(piece_bytes as usize).map(|piece| *blake3::hash(piece).as_bytes()));
-            at += len;
-        }
-        Ok(hashes)
+        hash_by_reading(self, range, piece_bytes).await
     }
 
     async fn hand_off(&self, ask: Ask) -> Result<Told, NbdError> {

@@ -10,15 +10,19 @@
 //! client that does not read its replies stops being read from; one connection's trouble ends that
 //! connection only; when all places are taken, a newcomer gets the place of who has been at its handshake for longest.
 
+mod bind;
 mod complaints;
 mod connection;
 mod disk;
+mod hashes;
 mod listener;
 mod replies;
 mod stats;
 mod zeros;
 
+pub use bind::listen;
 pub use disk::{Disk, DiskExtent};
+pub use hashes::hash_by_reading;
 pub use listener::Server;
 pub use stats::ServeStats;
 pub use zeros::without_zeros;
