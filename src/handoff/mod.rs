@@ -19,7 +19,7 @@
 //!
 //! Invariants: at no time may both sides write; a source that has said *given* never writes again, unless the
 //! destination has said that it never will, or a person says so by force; each epoch is given to one destination only.
-//! `tests/handoff` walks through every interleaving of two sides that run this very code.
+//! `tests/interleave` walks through every interleaving of two sides that run this very code.
 
 mod deed;
 mod taker;

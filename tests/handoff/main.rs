@@ -1,54 +1,34 @@
-//! Handing a disk over: every interleaving of a source and its destinations, with crashes after every step and messages
-//! that are lost, late or repeated. Both sides decide with the code that runs in the product (`blkferry::handoff`).
+//! Handing a disk over, with the real program: who may write, what is refused, what a crash at each step leaves.
 #![allow(clippy::unwrap_used, missing_docs)]
 
-mod explore;
-mod world;
+#[path = "../common/mod.rs"]
+mod common;
 
-use explore::{Explored, explore};
-use world::{Bounds, Flaw, Kind, World};
+mod back;
+#[path = "../common/client.rs"]
+mod client;
+mod image;
+mod onward;
 
-fn check(kind: Kind, destinations: usize, flaw: Option<Flaw>, bounds: Bounds) -> Result<Explored, String> {
-    explore(World::new(kind, destinations, flaw, bounds))
-}
+use serde_json::{Value, json};
 
-fn assert_sound(kind: Kind, destinations: usize, bounds: Bounds) {
-    match check(kind, destinations, None, bounds) {
-        Ok(Explored { states, steps }) => {
-            println!("{kind:?}, {destinations} destination(s), {bounds:?}: {states} states, {steps} steps");
-            assert!(states > 1000, "an exploration of {states} states has not seen much");
-        }
-        Err(trace) => panic!("{trace}"),
+use common::Device;
+
+/// Asks a daemon on its control socket; what it answers.
+pub fn control(device: &Device<'_>, request: &Value) -> Result<Value, String> {
+    use std::io::{BufRead, BufReader, Write};
+    let path = device.world.run_dir().join(format!("{}.ctl", device.name));
+    let mut stream = std::os::unix::net::UnixStream::connect(path).unwrap();
+    writeln!(stream, "{request}").unwrap();
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line).unwrap();
+    let answer: Value = serde_json::from_str(&line).unwrap();
+    match answer.get("error") {
+        Some(error) => Err(error.as_str().unwrap().to_owned()),
+        None => Ok(answer["ok"].clone()),
     }
 }
 
-const ONE: Bounds = Bounds { epoch: 5, writes: 1, asks: 2 };
-/// With `epoch: 3` 4.6 million states, and minutes.
-const TWO: Bounds = Bounds { epoch: 2, writes: 1, asks: 1 };
-/// Deep enough for what was planted.
-const FLAWED: Bounds = Bounds { epoch: 3, writes: 1, asks: 3 };
-
-#[test]
-fn an_image_has_one_writer_whatever_happens() {
-    assert_sound(Kind::Image, 1, ONE);
-}
-
-#[test]
-fn a_device_has_one_writer_whatever_happens() {
-    assert_sound(Kind::Device, 1, ONE);
-}
-
-#[test]
-fn two_destinations_do_not_both_get_it() {
-    assert_sound(Kind::Image, 2, TWO);
-    assert_sound(Kind::Device, 2, TWO);
-}
-
-/// The exploration is worth something only if it finds what is there.
-#[test]
-fn every_planted_flaw_is_found() {
-    for flaw in Flaw::ALL {
-        let trace = check(Kind::Image, 1, Some(flaw), FLAWED).err().unwrap_or_else(|| panic!("{flaw:?} was not found"));
-        println!("{flaw:?}:\n{trace}\n");
-    }
+pub fn activate(device: &Device<'_>) -> Result<Value, String> {
+    control(device, &json!({ "do": "activate", "wait_ms": 2000 }))
 }
