@@ -6,6 +6,7 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
+use std::time::Instant;
 
 use crossbeam::channel::Sender;
 
@@ -13,6 +14,7 @@ use super::core::Core;
 use super::messages::FetchRequest;
 use super::source_side::SourceSide;
 use super::verify::{Verifier, verify};
+use super::window::Window;
 use crate::engine::{BlockRun, ByteRange, Errno, Event, Extent, FetchError, FetchId, Lane};
 use crate::nbd::{Standing, Uri};
 use crate::remote::{DialError, FetchedData, HandOffError, LossPolicy, Lost, Source, SourceEvents, SourceStats};
@@ -168,6 +170,8 @@ pub(super) struct Fetcher {
     held: RefCell<HashMap<FetchId, Held>>,
     demand: Budget,
     pub(super) bulk: Budget,
+    /// Of hydration's fetches that are at the source.
+    pub(super) window: Window,
     /// Rung when a fetch ended or extents came: hydration may have something to do again.
     pub(super) progress: event_listener::Event,
     /// Why hydration should pause at once, if it should.
@@ -210,6 +214,7 @@ impl Fetcher {
             held: RefCell::default(),
             demand: Budget::new(DEMAND_WINDOW_BYTES),
             bulk: Budget::new(bulk_bytes),
+            window: Window::new(bulk_bytes / MAX_FETCH_BYTES as usize),
             progress: event_listener::Event::new(),
             trouble: RefCell::default(),
             unreadable: RefCell::default(),
@@ -321,6 +326,14 @@ impl Fetcher {
     pub(super) fn start_fetch(self: &Rc<Self>, fetch: FetchId, run: BlockRun, lane: Lane, share: Option<Lent>) {
         let this = self.clone();
         let range = self.core.geometry().bytes_of(run);
+        // Now, and not when the task runs: more may be started before that.
+        let flight = (lane == Lane::Bulk).then(|| self.window.depart(Instant::now()));
+        let arrive = move |this: &Self, well| {
+            if let Some(flight) = &flight {
+                this.window.arrive(flight, Instant::now(), well);
+                this.progress.notify(usize::MAX);
+            }
+        };
         spawn(async move {
             let share = match share {
                 Some(share) => share,
@@ -334,12 +347,14 @@ impl Fetcher {
                 if lane == Lane::Bulk {
                     *this.trouble.borrow_mut() = Some(format!("cache: no room for what is to be fetched: {e}"));
                 }
+                arrive(&this, false);
                 return this.core.apply(Event::Fetched { fetch, result: Err(FetchError::NoRoom) });
             }
             let result = match this.source() {
                 Some(source) => source.read(range, lane).await,
                 None => Err(FetchError::Unreachable),
             };
+            arrive(&this, result.is_ok());
             let mut actions = Vec::new();
             match result {
                 Ok(data) => {

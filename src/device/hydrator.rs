@@ -49,6 +49,11 @@ impl Fetcher {
                 select(sleep(RETRY_PAUSE).boxed_local(), changed).await;
                 continue;
             }
+            let progress = self.progress.listen();
+            if !self.window.has_room() {
+                select(progress, changed).await;
+                continue;
+            }
             let share = self.bulk.take(MAX_FETCH_BYTES as usize).await;
             if hydration.mode() != mode {
                 continue;

@@ -24,6 +24,7 @@ mod messages;
 mod queue;
 mod source_side;
 mod verify;
+mod window;
 
 pub use committer::CommitThread;
 pub use core::{Core, Counters, Health};

@@ -1,0 +1,193 @@
+//! How many fetches hydration has at the source at a time: enough to fill the link, and not so many that whoever wants
+//! one of their blocks waits for all that is ahead of it, or that the source is busy with them when somebody waits.
+//!
+//! By Little's law a link on which `n` fetches are under way and each takes `t` delivers `n / t` of them a second. What
+//! takes longer than the fastest one has stood in a queue, and a short queue is enough: so there are to be as many as
+//! would take the fastest one's time and a little more. It begins with all that there is room for, because a long link
+//! must be filled in its first round trip. The fastest time is looked for again from time to time, with next to nothing
+//! under way: links change. (The idea is that of TCP Vegas, and the probe that of BBR.)
+
+use std::cell::Cell;
+use std::time::{Duration, Instant};
+
+/// How much longer than the fastest fetch one may take, at least: a link that stutters must not run dry.
+const QUEUE: Duration = Duration::from_millis(40);
+/// The same, as a part of what the fastest takes.
+const QUEUE_PART: u32 = 3;
+/// So many always.
+const LEAST: usize = 2;
+/// How long the fastest time is believed in.
+const BELIEVED: Duration = Duration::from_secs(30);
+
+/// A fetch that has been asked for.
+pub(super) struct Flight {
+    at: Instant,
+    /// With itself.
+    flying: usize,
+}
+
+/// See the module's page.
+pub(super) struct Window {
+    limit: usize,
+    most: Cell<usize>,
+    flying: Cell<usize>,
+    fastest: Cell<Option<Fastest>>,
+    /// The fastest time is being looked for again.
+    probing: Cell<bool>,
+}
+
+#[derive(Clone, Copy)]
+struct Fastest {
+    took: Duration,
+    at: Instant,
+}
+
+impl Window {
+    /// Of at most so many fetches.
+    pub(super) fn new(limit: usize) -> Self {
+        let limit = limit.max(LEAST);
+        Self {
+            limit,
+            most: Cell::new(limit),
+            flying: Cell::new(0),
+            fastest: Cell::new(None),
+            probing: Cell::new(false),
+        }
+    }
+
+    /// May one more be asked for?
+    pub(super) fn has_room(&self) -> bool {
+        self.flying.get() < if self.probing.get() { LEAST } else { self.most.get() }
+    }
+
+    pub(super) fn depart(&self, now: Instant) -> Flight {
+        self.flying.set(self.flying.get() + 1);
+        Flight { at: now, flying: self.flying.get() }
+    }
+
+    /// It has ended, `well` if its data is here.
+    pub(super) fn arrive(&self, flight: &Flight, now: Instant, well: bool) {
+        self.flying.set(self.flying.get() - 1);
+        if !well {
+            return;
+        }
+        let took = now.saturating_duration_since(flight.at).max(Duration::from_micros(1));
+        let fastest = self.fastest(took, flight.flying, now);
+        let wanted = fastest + QUEUE.max(fastest / QUEUE_PART);
+        if took > wanted {
+            let as_many = (flight.flying as f64 * wanted.as_secs_f64() / took.as_secs_f64()).ceil() as usize;
+            self.most.set(self.most.get().min(as_many).max(LEAST));
+        } else if flight.flying >= self.most.get() {
+            self.most.set(self.limit.min(self.most.get() + 1));
+        }
+    }
+
+    /// What the fastest takes, now that one took this.
+    fn fastest(&self, took: Duration, flying: usize, now: Instant) -> Duration {
+        let before = self.fastest.get();
+        // Nearly alone under way: what it took is what the link takes.
+        let proves = self.probing.get() && flying <= LEAST;
+        if proves || before.is_none_or(|before| took <= before.took) {
+            self.probing.set(false);
+            self.fastest.set(Some(Fastest { took, at: now }));
+            return took;
+        }
+        let before = before.expect("there is one");
+        if now.saturating_duration_since(before.at) > BELIEVED {
+            self.probing.set(true);
+        }
+        before.took
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A link in simulated time: fetches of a mebibyte, one after the other.
+    struct Link {
+        window: Window,
+        start: Instant,
+        now_ms: f64,
+        free_ms: f64,
+        flights: std::collections::VecDeque<(Flight, f64)>,
+    }
+
+    impl Link {
+        fn new(limit: usize) -> Self {
+            let flights = std::collections::VecDeque::new();
+            Self { window: Window::new(limit), start: Instant::now(), now_ms: 0.0, free_ms: 0.0, flights }
+        }
+
+        fn at(&self, ms: f64) -> Instant {
+            self.start + Duration::from_secs_f64(ms / 1000.0)
+        }
+
+        /// Fetches of which each takes the link for so long; returns how much of the time it was taken.
+        fn run(&mut self, fetches: usize, fetch_ms: f64, rtt_ms: f64) -> f64 {
+            let (began_ms, mut taken_ms) = (self.now_ms, 0.0);
+            for _ in 0..fetches {
+                while self.window.has_room() {
+                    self.free_ms = f64::max(self.free_ms, self.now_ms + rtt_ms) + fetch_ms;
+                    self.flights.push_back((self.window.depart(self.at(self.now_ms)), self.free_ms));
+                }
+                let (flight, arrives_ms) = self.flights.pop_front().unwrap();
+                self.now_ms = arrives_ms;
+                taken_ms += fetch_ms;
+                self.window.arrive(&flight, self.at(self.now_ms), true);
+            }
+            taken_ms / (self.now_ms - began_ms)
+        }
+    }
+
+    #[test]
+    fn a_link_is_filled_and_not_crammed() {
+        // A mebibyte at 1 Gbit/s, 100 Mbit/s, 10 Mbit/s.
+        for (fetch_ms, rtt_ms, least, most) in [
+            (8.4, 0.0, 4, 7),
+            (8.4, 20.0, 6, 10),
+            (8.4, 150.0, 20, 24),
+            (84.0, 0.0, 2, 3),
+            (84.0, 50.0, 2, 4),
+            (84.0, 150.0, 3, 6),
+            (840.0, 50.0, 2, 3),
+        ] {
+            let mut link = Link::new(24);
+            link.run(100, fetch_ms, rtt_ms);
+            let taken = link.run(400, fetch_ms, rtt_ms);
+            let flying = link.flights.len() + 1;
+            assert!((least..=most).contains(&flying), "{fetch_ms} ms, RTT {rtt_ms}: {flying} under way");
+            assert!(taken > 0.97, "{fetch_ms} ms, RTT {rtt_ms}: only {taken} of the link");
+        }
+    }
+
+    #[test]
+    fn a_link_that_becomes_longer_is_filled_again() {
+        let mut link = Link::new(24);
+        link.run(500, 8.4, 10.0);
+        // Three minutes later it has found out, whatever it thought in between.
+        link.run(20_000, 8.4, 120.0);
+        let taken = link.run(10_000, 8.4, 120.0);
+        assert!(taken > 0.97, "only {taken} of the link");
+    }
+
+    #[test]
+    fn what_failed_says_nothing_and_a_stall_is_got_over() {
+        let window = Window::new(8);
+        let start = Instant::now();
+        let fly = |took_ms: u64, well| {
+            let flight = window.depart(start);
+            window.arrive(&flight, start + Duration::from_millis(took_ms), well);
+        };
+        fly(10, true);
+        fly(60_000, false);
+        assert_eq!(window.most.get(), 8);
+        fly(20_000, true);
+        assert_eq!(window.most.get(), LEAST);
+        for _ in 0..20 {
+            let flights: Vec<Flight> = (0..window.most.get()).map(|_| window.depart(start)).collect();
+            flights.iter().for_each(|flight| window.arrive(flight, start + Duration::from_millis(20), true));
+        }
+        assert_eq!((window.most.get(), window.flying.get()), (8, 0));
+    }
+}
