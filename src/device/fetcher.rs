@@ -170,7 +170,7 @@ pub(super) struct Fetcher {
     held: RefCell<HashMap<FetchId, Held>>,
     demand: Budget,
     pub(super) bulk: Budget,
-    /// Of hydration's fetches that are at the source.
+    /// Of the fetches that are at the source.
     pub(super) window: Window,
     /// Rung when a fetch ended or extents came: hydration may have something to do again.
     pub(super) progress: event_listener::Event,
@@ -327,12 +327,10 @@ impl Fetcher {
         let this = self.clone();
         let range = self.core.geometry().bytes_of(run);
         // Now, and not when the task runs: more may be started before that.
-        let flight = (lane == Lane::Bulk).then(|| self.window.depart(Instant::now()));
+        let flight = self.window.depart(lane, range.len(), Instant::now());
         let arrive = move |this: &Self, well| {
-            if let Some(flight) = &flight {
-                this.window.arrive(flight, Instant::now(), well);
-                this.progress.notify(usize::MAX);
-            }
+            this.window.arrive(&flight, Instant::now(), well);
+            this.progress.notify(usize::MAX);
         };
         spawn(async move {
             let share = match share {

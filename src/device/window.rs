@@ -6,9 +6,14 @@
 //! would take the fastest one's time and a little more. It begins with all that there is room for, because a long link
 //! must be filled in its first round trip. The fastest time is looked for again from time to time, with next to nothing
 //! under way: links change. (The idea is that of TCP Vegas, and the probe that of BBR.)
+//!
+//! What somebody waits for, and what is read ahead for them, comes first: connections share a link, so while much of that
+//! is under way hydration asks for less, or for nothing. A few small reads do not slow it down.
 
 use std::cell::Cell;
 use std::time::{Duration, Instant};
+
+use crate::engine::Lane;
 
 /// How much longer than the fastest fetch one may take, at least: a link that stutters must not run dry.
 const QUEUE: Duration = Duration::from_millis(40);
@@ -19,11 +24,15 @@ const LEAST: usize = 2;
 /// How long the fastest time is believed in.
 const BELIEVED: Duration = Duration::from_secs(30);
 
+/// So many bytes of others stand in the place of one fetch.
+const PLACE_BYTES: u64 = 128 << 10;
+
 /// A fetch that has been asked for.
-pub(super) struct Flight {
-    at: Instant,
-    /// With itself.
-    flying: usize,
+pub(super) enum Flight {
+    /// For somebody who waits, or will.
+    Front { bytes: u64 },
+    /// For hydration; `flying` with itself.
+    Bulk { at: Instant, flying: usize },
 }
 
 /// See the module's page.
@@ -31,6 +40,7 @@ pub(super) struct Window {
     limit: usize,
     most: Cell<usize>,
     flying: Cell<usize>,
+    front_bytes: Cell<u64>,
     fastest: Cell<Option<Fastest>>,
     /// The fastest time is being looked for again.
     probing: Cell<bool>,
@@ -50,34 +60,44 @@ impl Window {
             limit,
             most: Cell::new(limit),
             flying: Cell::new(0),
+            front_bytes: Cell::new(0),
             fastest: Cell::new(None),
             probing: Cell::new(false),
         }
     }
 
-    /// May one more be asked for?
+    /// May hydration ask for one more?
     pub(super) fn has_room(&self) -> bool {
-        self.flying.get() < if self.probing.get() { LEAST } else { self.most.get() }
+        let places = (self.front_bytes.get() / PLACE_BYTES) as usize;
+        self.flying.get() + places < if self.probing.get() { LEAST } else { self.most.get() }
     }
 
-    pub(super) fn depart(&self, now: Instant) -> Flight {
+    pub(super) fn depart(&self, lane: Lane, bytes: u64, now: Instant) -> Flight {
+        if lane != Lane::Bulk {
+            self.front_bytes.set(self.front_bytes.get() + bytes);
+            return Flight::Front { bytes };
+        }
         self.flying.set(self.flying.get() + 1);
-        Flight { at: now, flying: self.flying.get() }
+        Flight::Bulk { at: now, flying: self.flying.get() }
     }
 
     /// It has ended, `well` if its data is here.
     pub(super) fn arrive(&self, flight: &Flight, now: Instant, well: bool) {
+        let (at, flying) = match *flight {
+            Flight::Front { bytes } => return self.front_bytes.set(self.front_bytes.get() - bytes),
+            Flight::Bulk { at, flying } => (at, flying),
+        };
         self.flying.set(self.flying.get() - 1);
         if !well {
             return;
         }
-        let took = now.saturating_duration_since(flight.at).max(Duration::from_micros(1));
-        let fastest = self.fastest(took, flight.flying, now);
+        let took = now.saturating_duration_since(at).max(Duration::from_micros(1));
+        let fastest = self.fastest(took, flying, now);
         let wanted = fastest + QUEUE.max(fastest / QUEUE_PART);
         if took > wanted {
-            let as_many = (flight.flying as f64 * wanted.as_secs_f64() / took.as_secs_f64()).ceil() as usize;
+            let as_many = (flying as f64 * wanted.as_secs_f64() / took.as_secs_f64()).ceil() as usize;
             self.most.set(self.most.get().min(as_many).max(LEAST));
-        } else if flight.flying >= self.most.get() {
+        } else if flying >= self.most.get() {
             self.most.set(self.limit.min(self.most.get() + 1));
         }
     }
@@ -129,7 +149,8 @@ mod tests {
             for _ in 0..fetches {
                 while self.window.has_room() {
                     self.free_ms = f64::max(self.free_ms, self.now_ms + rtt_ms) + fetch_ms;
-                    self.flights.push_back((self.window.depart(self.at(self.now_ms)), self.free_ms));
+                    self.flights
+                        .push_back((self.window.depart(Lane::Bulk, 1 << 20, self.at(self.now_ms)), self.free_ms));
                 }
                 let (flight, arrives_ms) = self.flights.pop_front().unwrap();
                 self.now_ms = arrives_ms;
@@ -176,7 +197,7 @@ mod tests {
         let window = Window::new(8);
         let start = Instant::now();
         let fly = |took_ms: u64, well| {
-            let flight = window.depart(start);
+            let flight = window.depart(Lane::Bulk, 1 << 20, start);
             window.arrive(&flight, start + Duration::from_millis(took_ms), well);
         };
         fly(10, true);
@@ -185,9 +206,21 @@ mod tests {
         fly(20_000, true);
         assert_eq!(window.most.get(), LEAST);
         for _ in 0..20 {
-            let flights: Vec<Flight> = (0..window.most.get()).map(|_| window.depart(start)).collect();
+            let flights: Vec<Flight> =
+                (0..window.most.get()).map(|_| window.depart(Lane::Bulk, 1 << 20, start)).collect();
             flights.iter().for_each(|flight| window.arrive(flight, start + Duration::from_millis(20), true));
         }
         assert_eq!((window.most.get(), window.flying.get()), (8, 0));
+    }
+
+    #[test]
+    fn who_waits_comes_first() {
+        let (window, now) = (Window::new(LEAST), Instant::now());
+        let small: Vec<Flight> = (0..16).map(|_| window.depart(Lane::Demand, 4096, now)).collect();
+        assert!(window.has_room(), "small reads take no place");
+        let ahead = window.depart(Lane::Ahead, 512 << 10, now);
+        assert!(!window.has_room());
+        small.iter().chain([&ahead]).for_each(|flight| window.arrive(flight, now, false));
+        assert!(window.has_room());
     }
 }
