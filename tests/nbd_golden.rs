@@ -179,6 +179,7 @@ fn server_enters_transmission_after_go() {
         flags: TransmissionFlags::HAS_FLAGS | TransmissionFlags::SEND_TRIM,
         structured: false,
         base_allocation: None,
+        hot: None,
         ferry: false,
         no_zeroes: true,
     };

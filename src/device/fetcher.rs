@@ -18,7 +18,7 @@ use super::window::Window;
 use crate::engine::{BlockRun, ByteRange, Errno, Event, Extent, FetchError, FetchId, Lane};
 use crate::nbd::{Standing, Uri};
 use crate::remote::{DialError, FetchedData, HandOffError, LossPolicy, Lost, Source, SourceEvents, SourceStats};
-use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, UringError, ZeroMode, spawn};
+use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, Task, UringError, ZeroMode, spawn};
 
 /// Most bytes that one fetch asks for.
 pub const MAX_FETCH_BYTES: u64 = 1 << 20;
@@ -214,7 +214,7 @@ impl Fetcher {
             held: RefCell::default(),
             demand: Budget::new(DEMAND_WINDOW_BYTES),
             bulk: Budget::new(bulk_bytes),
-            window: Window::new(bulk_bytes / MAX_FETCH_BYTES as usize),
+            window: Window::new(bulk_bytes as u64),
             progress: event_listener::Event::new(),
             trouble: RefCell::default(),
             unreadable: RefCell::default(),
@@ -308,6 +308,16 @@ impl Fetcher {
             Some(source) => source.extents(range, lane).await,
             None => Vec::new(),
         }
+    }
+
+    /// Asks what is to be fetched first, beside what hydration does meanwhile.
+    pub(super) fn ask_what_is_hot(self: &Rc<Self>) -> Task<()> {
+        let this = self.clone();
+        spawn(async move {
+            if let Some(source) = this.source() {
+                source.hot(|ranges| this.core.apply(Event::Hot { ranges })).await;
+            }
+        })
     }
 
     /// Asks about holes for hydration, beside what it does meanwhile.

@@ -12,6 +12,8 @@ use super::hydration::{HydrationState, Mode, Pacer};
 use crate::engine::{Action, Event};
 use crate::uring::{Lent, sleep};
 
+/// A small fetch counts as one of so many bytes: it is work, too.
+pub(super) const SMALL_FETCH_BYTES: u64 = 64 << 10;
 /// Pause after a failure, before it tries again.
 const RETRY_PAUSE: Duration = Duration::from_secs(2);
 
@@ -20,6 +22,7 @@ impl Fetcher {
     pub(super) async fn hydrate(self: Rc<Self>) {
         let mut pacer = Pacer::new(Instant::now());
         let hydration = &self.core.hydration;
+        let mut asks_what_is_hot = None;
         loop {
             let changed = hydration.changed.listen();
             if self.core.health.is_complete() {
@@ -59,12 +62,13 @@ impl Fetcher {
                 continue;
             }
             hydration.set_state(HydrationState::Running);
+            asks_what_is_hot.get_or_insert_with(|| self.ask_what_is_hot());
             self.hydrate_step(share, mode, &mut pacer).await;
         }
     }
 
     /// Starts one fetch (or waits until there is one to start), and keeps to the rate.
-    async fn hydrate_step(self: &Rc<Self>, share: Lent, mode: Mode, pacer: &mut Pacer) {
+    async fn hydrate_step(self: &Rc<Self>, mut share: Lent, mode: Mode, pacer: &mut Pacer) {
         let progress = self.progress.listen();
         let mut actions = Vec::new();
         self.core.apply_into(Event::Hydrate, &mut actions);
@@ -72,6 +76,7 @@ impl Fetcher {
         match actions.pop() {
             Some(Action::Fetch { fetch, run, lane }) => {
                 let bytes = self.core.geometry().bytes_of(run).len();
+                share.keep(bytes.max(SMALL_FETCH_BYTES) as usize);
                 self.start_fetch(fetch, run, lane, Some(share));
                 if let Mode::Rate(rate) = mode {
                     let wait = pacer.spend(Instant::now(), rate, bytes);

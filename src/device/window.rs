@@ -1,9 +1,9 @@
-//! How many fetches hydration has at the source at a time: enough to fill the link, and not so many that whoever wants
+//! How much hydration asks the source for at a time: enough to fill the link, and not so many that whoever wants
 //! one of their blocks waits for all that is ahead of it, or that the source is busy with them when somebody waits.
 //!
-//! By Little's law a link on which `n` fetches are under way and each takes `t` delivers `n / t` of them a second. What
-//! takes longer than the fastest one has stood in a queue, and a short queue is enough: so there are to be as many as
-//! would take the fastest one's time and a little more. It begins with all that there is room for, because a long link
+//! By Little's law a link on which `n` bytes are under way and each takes `t` delivers `n / t` of them a second. What
+//! takes longer than the fastest fetch has stood in a queue, and a short queue is enough: so as much is to be under way
+//! as would take the fastest one's time and a little more. It begins with all that there is room for, because a long link
 //! must be filled in its first round trip. The fastest time is looked for again from time to time, with next to nothing
 //! under way: links change. (The idea is that of TCP Vegas, and the probe that of BBR.)
 //!
@@ -13,33 +13,35 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
+use super::fetcher::MAX_FETCH_BYTES;
+use super::hydrator::SMALL_FETCH_BYTES;
 use crate::engine::Lane;
 
 /// How much longer than the fastest fetch one may take, at least: a link that stutters must not run dry.
 const QUEUE: Duration = Duration::from_millis(40);
 /// The same, as a part of what the fastest takes.
 const QUEUE_PART: u32 = 3;
-/// So many always.
-const LEAST: usize = 2;
+/// So many bytes always.
+const LEAST: u64 = 2 << 20;
 /// How long the fastest time is believed in.
 const BELIEVED: Duration = Duration::from_secs(30);
 
-/// So many bytes of others stand in the place of one fetch.
-const PLACE_BYTES: u64 = 128 << 10;
+/// A byte of others stands in the place of so many of hydration's.
+const FRONT_WEIGHT: u64 = 8;
 
 /// A fetch that has been asked for.
 pub(super) enum Flight {
     /// For somebody who waits, or will.
     Front { bytes: u64 },
-    /// For hydration; `flying` with itself.
-    Bulk { at: Instant, flying: usize },
+    /// For hydration; `flying` bytes with its own.
+    Bulk { at: Instant, bytes: u64, flying: u64 },
 }
 
 /// See the module's page.
 pub(super) struct Window {
-    limit: usize,
-    most: Cell<usize>,
-    flying: Cell<usize>,
+    limit: u64,
+    most: Cell<u64>,
+    flying: Cell<u64>,
     front_bytes: Cell<u64>,
     fastest: Cell<Option<Fastest>>,
     /// The fastest time is being looked for again.
@@ -53,8 +55,8 @@ struct Fastest {
 }
 
 impl Window {
-    /// Of at most so many fetches.
-    pub(super) fn new(limit: usize) -> Self {
+    /// Of at most so many bytes.
+    pub(super) fn new(limit: u64) -> Self {
         let limit = limit.max(LEAST);
         Self {
             limit,
@@ -68,8 +70,9 @@ impl Window {
 
     /// May hydration ask for one more?
     pub(super) fn has_room(&self) -> bool {
-        let places = (self.front_bytes.get() / PLACE_BYTES) as usize;
-        self.flying.get() + places < if self.probing.get() { LEAST } else { self.most.get() }
+        // A few small reads take no room.
+        let front = (self.front_bytes.get() * FRONT_WEIGHT) / MAX_FETCH_BYTES * MAX_FETCH_BYTES;
+        self.flying.get() + front < if self.probing.get() { LEAST } else { self.most.get() }
     }
 
     pub(super) fn depart(&self, lane: Lane, bytes: u64, now: Instant) -> Flight {
@@ -77,17 +80,18 @@ impl Window {
             self.front_bytes.set(self.front_bytes.get() + bytes);
             return Flight::Front { bytes };
         }
-        self.flying.set(self.flying.get() + 1);
-        Flight::Bulk { at: now, flying: self.flying.get() }
+        let bytes = bytes.max(SMALL_FETCH_BYTES);
+        self.flying.set(self.flying.get() + bytes);
+        Flight::Bulk { at: now, bytes, flying: self.flying.get() }
     }
 
     /// It has ended, `well` if its data is here.
     pub(super) fn arrive(&self, flight: &Flight, now: Instant, well: bool) {
-        let (at, flying) = match *flight {
+        let (at, bytes, flying) = match *flight {
             Flight::Front { bytes } => return self.front_bytes.set(self.front_bytes.get() - bytes),
-            Flight::Bulk { at, flying } => (at, flying),
+            Flight::Bulk { at, bytes, flying } => (at, bytes, flying),
         };
-        self.flying.set(self.flying.get() - 1);
+        self.flying.set(self.flying.get() - bytes);
         if !well {
             return;
         }
@@ -95,15 +99,15 @@ impl Window {
         let fastest = self.fastest(took, flying, now);
         let wanted = fastest + QUEUE.max(fastest / QUEUE_PART);
         if took > wanted {
-            let as_many = (flying as f64 * wanted.as_secs_f64() / took.as_secs_f64()).ceil() as usize;
-            self.most.set(self.most.get().min(as_many).max(LEAST));
+            let as_much = (flying as f64 * wanted.as_secs_f64() / took.as_secs_f64()) as u64;
+            self.most.set(self.most.get().min(as_much).max(LEAST));
         } else if flying >= self.most.get() {
-            self.most.set(self.limit.min(self.most.get() + 1));
+            self.most.set(self.limit.min(self.most.get() + bytes));
         }
     }
 
     /// What the fastest takes, now that one took this.
-    fn fastest(&self, took: Duration, flying: usize, now: Instant) -> Duration {
+    fn fastest(&self, took: Duration, flying: u64, now: Instant) -> Duration {
         let before = self.fastest.get();
         // Nearly alone under way: what it took is what the link takes.
         let proves = self.probing.get() && flying <= LEAST;
@@ -134,7 +138,7 @@ mod tests {
     }
 
     impl Link {
-        fn new(limit: usize) -> Self {
+        fn new(limit: u64) -> Self {
             let flights = std::collections::VecDeque::new();
             Self { window: Window::new(limit), start: Instant::now(), now_ms: 0.0, free_ms: 0.0, flights }
         }
@@ -173,7 +177,7 @@ mod tests {
             (84.0, 150.0, 3, 6),
             (840.0, 50.0, 2, 3),
         ] {
-            let mut link = Link::new(24);
+            let mut link = Link::new(24 << 20);
             link.run(100, fetch_ms, rtt_ms);
             let taken = link.run(400, fetch_ms, rtt_ms);
             let flying = link.flights.len() + 1;
@@ -184,7 +188,7 @@ mod tests {
 
     #[test]
     fn a_link_that_becomes_longer_is_filled_again() {
-        let mut link = Link::new(24);
+        let mut link = Link::new(24 << 20);
         link.run(500, 8.4, 10.0);
         // Three minutes later it has found out, whatever it thought in between.
         link.run(20_000, 8.4, 120.0);
@@ -194,7 +198,7 @@ mod tests {
 
     #[test]
     fn what_failed_says_nothing_and_a_stall_is_got_over() {
-        let window = Window::new(8);
+        let window = Window::new(8 << 20);
         let start = Instant::now();
         let fly = |took_ms: u64, well| {
             let flight = window.depart(Lane::Bulk, 1 << 20, start);
@@ -202,15 +206,15 @@ mod tests {
         };
         fly(10, true);
         fly(60_000, false);
-        assert_eq!(window.most.get(), 8);
+        assert_eq!(window.most.get(), 8 << 20);
         fly(20_000, true);
         assert_eq!(window.most.get(), LEAST);
         for _ in 0..20 {
             let flights: Vec<Flight> =
-                (0..window.most.get()).map(|_| window.depart(Lane::Bulk, 1 << 20, start)).collect();
+                (0..window.most.get() >> 20).map(|_| window.depart(Lane::Bulk, 1 << 20, start)).collect();
             flights.iter().for_each(|flight| window.arrive(flight, start + Duration::from_millis(20), true));
         }
-        assert_eq!((window.most.get(), window.flying.get()), (8, 0));
+        assert_eq!((window.most.get(), window.flying.get()), (8 << 20, 0));
     }
 
     #[test]

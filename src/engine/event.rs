@@ -159,6 +159,11 @@ pub enum Event {
         /// What the source said.
         extents: Vec<Extent>,
     },
+    /// What the source used last: to be fetched before the rest. A hint, and bounded.
+    Hot {
+        /// Ranges of the device.
+        ranges: Vec<ByteRange>,
+    },
     /// The commit that runs has ended. An error stops the device for good.
     Committed {
         /// How it ended.

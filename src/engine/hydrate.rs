@@ -6,6 +6,8 @@
 //! its holes, they are never asked for: they cross as metadata. While such a question is under way, blocks are fetched
 //! as if they were data if the source sends zeros as holes: then nothing is lost if they are none, and no round trip
 //! is spent on waiting.
+//!
+//! What is known to be *hot* comes before all that, where the source sends zeros as holes: so no question is needed.
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
@@ -43,8 +45,13 @@ pub(super) enum Next {
     Done,
 }
 
+/// Most hot runs that are remembered: a mebibyte of them. What is more comes in its turn.
+const MAX_HOT_RUNS: usize = 64 << 10;
+
 #[derive(Debug)]
 pub(super) struct Planner {
+    /// What comes first.
+    hot: VecDeque<BlockRun>,
     cursor: u64,
     /// Everything before it is present: where to start again. On a disk of terabytes it takes long to find.
     front: u64,
@@ -61,10 +68,22 @@ pub(super) struct Planner {
 
 impl Planner {
     pub(super) fn new(extents_known: bool, compact: bool) -> Self {
-        Self { cursor: 0, front: 0, extents_known, compact, extents: VecDeque::new(), asked: None, failed: false }
+        Self {
+            hot: VecDeque::new(),
+            cursor: 0,
+            front: 0,
+            extents_known,
+            compact,
+            extents: VecDeque::new(),
+            asked: None,
+            failed: false,
+        }
     }
 
     pub(super) fn next(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Next {
+        if let Some(run) = self.next_hot(maps, inflight, max_fetch) {
+            return Next::Fetch(run);
+        }
         let mut at_front_again = false;
         loop {
             let Some(start) = maps.next_absent(self.cursor) else {
@@ -90,6 +109,40 @@ impl Planner {
             }
             return self.step(maps, start, until, max_fetch);
         }
+    }
+
+    fn next_hot(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Option<BlockRun> {
+        while let Some(hot) = self.hot.front_mut() {
+            if hot.is_empty() {
+                self.hot.pop_front();
+            } else if maps.is_present(hot.start) {
+                hot.start = maps.present_until(hot.start, hot.end);
+            } else {
+                let (owner, until) = inflight.look(hot.start);
+                let until = until.min(hot.end);
+                // The runs that the source has told lie in order; of zeros there is nothing to fetch.
+                let at = self.extents.partition_point(|(run, _)| run.end <= hot.start);
+                let zeros = self.extents.range(at..).find(|(_, zero)| *zero).map(|(zeros, _)| *zeros);
+                let zeros = zeros.filter(|zeros| zeros.start < until);
+                if let Some(zeros) = zeros.filter(|zeros| zeros.contains(hot.start)) {
+                    hot.start = zeros.end.min(hot.end);
+                    continue;
+                }
+                let until = zeros.map_or(until, |zeros| zeros.start);
+                if owner.is_none() {
+                    let end = maps.absent_until(hot.start, until.min(hot.start + max_fetch.get()));
+                    return Some(BlockRun::new(std::mem::replace(&mut hot.start, end), end));
+                }
+                hot.start = until;
+            }
+        }
+        None
+    }
+
+    /// Takes ranges that are to be fetched before the rest.
+    pub(super) fn prefer(&mut self, geometry: Geometry, ranges: &[ByteRange]) {
+        let room = if self.compact { MAX_HOT_RUNS - self.hot.len() } else { 0 };
+        self.hot.extend(ranges.iter().map(|range| geometry.covering(*range).clip(geometry.all())).take(room));
     }
 
     fn step(&mut self, maps: &Maps, start: u64, until: u64, max_fetch: NonZeroU64) -> Next {
@@ -219,6 +272,32 @@ mod tests {
         planner.answer(g, &[extent(4096 * 10, false), extent(4096 * 10, true)]);
         assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(8, 10)));
         assert_eq!(planner.next(&maps, &none, max), Next::Zero(BlockRun::new(10, 20)));
+    }
+
+    #[test]
+    fn what_is_hot_comes_first() {
+        let g = Geometry::new(40 * 4096, 4096).unwrap();
+        let (maps, max) = (Maps::in_memory(g), g.blocks_in(4096 * 4));
+        let mut inflight = Inflight::default();
+        let mut planner = Planner::new(false, true);
+        let hot = |start: u64, end: u64| ByteRange { start: start * 4096, end: end * 4096 };
+        planner.prefer(g, &[hot(10, 16), hot(30, 33), hot(39, 60)]);
+        maps.mark_present(BlockRun::new(10, 11));
+        inflight.give(BlockRun::new(31, 32), super::super::inflight::Owner::Wire(super::super::FetchId(1)));
+        let next: Vec<Next> = (0..6).map(|_| planner.next(&maps, &inflight, max)).collect();
+        let fetch = |start, end| Next::Fetch(BlockRun::new(start, end));
+        assert_eq!(next, [fetch(11, 15), fetch(15, 16), fetch(30, 31), fetch(32, 33), fetch(39, 40), fetch(0, 4)]);
+        // What is known to be zeros is not asked for.
+        planner = Planner::new(true, true);
+        assert_eq!(planner.next(&maps, &inflight, max), Next::Query(g.all()));
+        planner.answer(g, &[extent(34 * 4096, false), extent(2 * 4096, true), extent(4 * 4096, false)]);
+        planner.prefer(g, &[hot(32, 38)]);
+        let next: Vec<Next> = (0..3).map(|_| planner.next(&maps, &inflight, max)).collect();
+        assert_eq!(next, [fetch(32, 34), fetch(36, 38), fetch(0, 4)]);
+        // Where zeros cross as data they are not fetched before it is known that they are none.
+        let mut careful = Planner::new(true, false);
+        careful.prefer(g, &[hot(10, 16)]);
+        assert_eq!(careful.next(&maps, &inflight, max), Next::Query(g.all()));
     }
 
     #[test]

@@ -149,6 +149,7 @@ impl Engine {
             Event::Ahead { range } => self.read_ahead(range, out),
             Event::Hydrate => self.hydrate(out),
             Event::Extents { extents } => self.planner.answer(self.maps.geometry(), &extents),
+            Event::Hot { ranges } => self.planner.prefer(self.maps.geometry(), &ranges),
             Event::Committed { result } => self.committed(result, out),
             Event::CommitDue => {
                 if !self.commit_runs && self.failed.is_none() && self.maps.has_uncommitted() {

@@ -39,6 +39,7 @@ impl ExportDisk {
             max_block: DEFAULT_MAX_PAYLOAD,
             identity: Some(identity),
             standing: None,
+            tells_hot: image.io().cached(0..1, 1).is_ok(),
         };
         Ok(Self { image, giver, handing_off: async_lock::Mutex::new(()), info: RefCell::new(info) })
     }
@@ -81,6 +82,10 @@ impl Disk for ExportDisk {
     async fn extents(&self, range: ByteRange, max: usize) -> Result<Vec<DiskExtent>, NbdError> {
         let extents = self.image.io().extents(range.start..range.end, max);
         Ok(extents.into_iter().map(|e| DiskExtent { len_bytes: e.len_bytes, hole: e.hole, zero: e.hole }).collect())
+    }
+
+    async fn hot(&self, range: ByteRange, max: usize) -> Result<Vec<(u64, bool)>, NbdError> {
+        self.image.io().cached(range.start..range.end, max).map_err(|_| NbdError::Io)
     }
 
     async fn hand_off(&self, ask: Ask) -> Result<Told, NbdError> {

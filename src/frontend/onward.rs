@@ -62,9 +62,13 @@ impl Onward {
             // The other side waits for this one word.
             let _ = said.send(Ok(()));
             let serve = async move {
-                let queue = Queue::new(core, queue, cache);
+                let queue = Queue::new(core, queue, cache.clone());
                 let _worker = spawn(queue.clone().run());
-                serve(Rc::new(OnwardDisk { queue, name, owner, handing_off: async_lock::Mutex::new(()) }), heard).await;
+                serve(
+                    Rc::new(OnwardDisk { queue, cache, name, owner, handing_off: async_lock::Mutex::new(()) }),
+                    heard,
+                )
+                .await;
             };
             reactor.block_on(serve).expect("a ring that worked goes on working");
         };
@@ -112,6 +116,7 @@ async fn serve(disk: Rc<OnwardDisk>, orders: Mailbox<Order>) {
 
 struct OnwardDisk {
     queue: Rc<Queue>,
+    cache: FileIo,
     name: String,
     owner: Arc<dyn Owner>,
     /// One step at a time, however many are asked for: each has a thread.
@@ -136,6 +141,7 @@ impl Disk for OnwardDisk {
             max_block: DEFAULT_MAX_PAYLOAD,
             identity: Some(self.owner.identity()),
             standing: self.owner.standing(),
+            tells_hot: self.cache.cached(0..1, 1).is_ok(),
             ..ExportInfo::new(self.name.clone(), geometry.size_bytes(), flags)
         }
     }
@@ -165,6 +171,10 @@ impl Disk for OnwardDisk {
     async fn extents(&self, range: ByteRange, max: usize) -> Result<Vec<DiskExtent>, NbdError> {
         let extents = self.queue.extents(range, max).await;
         Ok(extents.into_iter().map(|e| DiskExtent { len_bytes: e.len_bytes, hole: e.hole, zero: e.hole }).collect())
+    }
+
+    async fn hot(&self, range: ByteRange, max: usize) -> Result<Vec<(u64, bool)>, NbdError> {
+        self.cache.cached(range.start..range.end, max).map_err(|_| NbdError::Io)
     }
 
     async fn hashes(&self, range: ByteRange, piece_bytes: u32) -> Result<Vec<[u8; 32]>, NbdError> {

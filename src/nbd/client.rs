@@ -29,8 +29,8 @@ pub use session::ClientSession;
 use std::collections::VecDeque;
 
 use super::consts::{
-    BASE_ALLOCATION, ClientFlags, EXPORT_NAME_ZEROES, FERRY_VERSION, HandshakeFlags, MAX_HANDSHAKE_BYTES, NBD_MAGIC,
-    OLDSTYLE_MAGIC, OPTION_MAGIC,
+    BASE_ALLOCATION, ClientFlags, EXPORT_NAME_ZEROES, FERRY_HOT, FERRY_VERSION, HandshakeFlags, MAX_HANDSHAKE_BYTES,
+    NBD_MAGIC, OLDSTYLE_MAGIC, OPTION_MAGIC,
 };
 use super::error::ProtocolError;
 use super::option::{OptionKind, OptionReplyHeader, put_option};
@@ -49,6 +49,8 @@ pub struct Wants {
     pub structured: bool,
     /// Holes and zeros; asked for only when the server gave structured replies.
     pub base_allocation: bool,
+    /// What the server has in its page cache; in the same way.
+    pub hot: bool,
     /// blkferry's own option: the identity of the disk, and hashes (which come as structured replies).
     pub ferry: bool,
     /// The server has answered that option on another connection: it gets everything together.
@@ -250,7 +252,7 @@ impl ClientHandshake {
         match option {
             OptionKind::Ferry => self.wants.ferry,
             OptionKind::StructuredReply => self.wants.structured,
-            OptionKind::SetMetaContext => self.wants.base_allocation,
+            OptionKind::SetMetaContext => self.wants.base_allocation || self.wants.hot,
             _ => true,
         }
     }
@@ -285,7 +287,9 @@ impl ClientHandshake {
         let export = self.export.clone();
         let data = match option {
             OptionKind::SetMetaContext => {
-                MetaContextRequest { export, queries: vec![BASE_ALLOCATION.to_owned()] }.encode()
+                let wanted = [(BASE_ALLOCATION, self.wants.base_allocation), (FERRY_HOT, self.wants.hot)];
+                let queries = wanted.iter().filter(|(_, wanted)| *wanted).map(|(name, _)| (*name).to_owned());
+                MetaContextRequest { export, queries: queries.collect() }.encode()
             }
             OptionKind::Ferry => FerryRequest { version: FERRY_VERSION, export }.encode(),
             OptionKind::Go => InfoRequest { export, infos: vec![InfoKind::BlockSize] }.encode(),

@@ -26,6 +26,10 @@ pub const DEFAULT_PORT: u16 = 10809;
 pub const BASE_ALLOCATION: &str = "base:allocation";
 /// Zero bytes behind an `NBD_OPT_EXPORT_NAME` reply, unless both ends set `NO_ZEROES`.
 pub const EXPORT_NAME_ZEROES: usize = 124;
+/// Our own metadata context: what the server has in its page cache. See `docs/FORMAT.md`, "blkferry:hot".
+pub const FERRY_HOT: &str = "blkferry:hot";
+/// State of an extent in that context: it is there.
+pub const FERRY_IS_HOT: u32 = 1;
 /// The context id that answers to `CMD_FERRY_CHANGED` carry.
 pub const FERRY_CHANGED_ID: u32 = 0x6672_0001;
 /// In those answers: this extent was written since.

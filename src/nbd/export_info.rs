@@ -54,6 +54,8 @@ pub struct ExportInfo {
     pub identity: Option<String>,
     /// How the disk stands, if it can change hands: part of that answer.
     pub standing: Option<Standing>,
+    /// It offers the metadata context `blkferry:hot`.
+    pub tells_hot: bool,
 }
 
 impl ExportInfo {
@@ -70,6 +72,7 @@ impl ExportInfo {
             max_block: max,
             identity: None,
             standing: None,
+            tells_hot: false,
         }
     }
 

@@ -134,7 +134,7 @@ impl Request {
             Command::Trim => limits.flags.contains(TransmissionFlags::SEND_TRIM),
             Command::Cache => limits.flags.contains(TransmissionFlags::SEND_CACHE),
             Command::WriteZeroes => limits.flags.contains(TransmissionFlags::SEND_WRITE_ZEROES),
-            Command::BlockStatus => limits.structured && limits.base_allocation,
+            Command::BlockStatus => limits.structured && limits.contexts,
             Command::FerryHash => limits.structured && limits.ferry,
             Command::FerryHandoff | Command::FerryChanged => limits.structured && limits.handoff,
             Command::Unknown(_) => false,
@@ -194,8 +194,8 @@ pub struct Limits {
     pub max_payload: u32,
     /// Structured replies were agreed on.
     pub structured: bool,
-    /// `base:allocation` was selected.
-    pub base_allocation: bool,
+    /// A metadata context was selected.
+    pub contexts: bool,
     /// The ferry option was answered.
     pub ferry: bool,
     /// It said how the disk stands.

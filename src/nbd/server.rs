@@ -29,6 +29,8 @@ use super::wire::Intake;
 
 /// The id that `base:allocation` has in every session of this server.
 const BASE_ALLOCATION_ID: u32 = 1;
+/// The same for `blkferry:hot`.
+const FERRY_HOT_ID: u32 = 2;
 
 /// What was agreed on, once the transmission phase begins.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -41,6 +43,8 @@ pub struct Session {
     pub structured: bool,
     /// The metadata context id of `base:allocation`, if it was selected for this export.
     pub base_allocation: Option<u32>,
+    /// The same of `blkferry:hot`.
+    pub hot: Option<u32>,
     /// The client is blkferry: `CMD_FERRY_HASH` is allowed (with structured replies).
     pub ferry: bool,
     /// The client chose to do without the 124 zero bytes.
@@ -56,7 +60,7 @@ impl Session {
             min_block: export.min_block,
             max_payload: export.max_block,
             structured: self.structured,
-            base_allocation: self.base_allocation.is_some(),
+            contexts: self.base_allocation.is_some() || self.hot.is_some(),
             ferry: self.ferry,
             handoff: self.ferry && export.standing.is_some(),
         }
@@ -95,10 +99,16 @@ enum State {
 #[derive(Debug, Default)]
 struct Agreed {
     structured: bool,
-    /// Index of the export for which `base:allocation` was selected.
-    base_allocation_of: Option<usize>,
+    /// Index of the export for which metadata contexts were selected, and the contexts.
+    contexts_of: Option<(usize, Contexts)>,
     /// Index of the export whose identity was asked for.
     ferry_of: Option<usize>,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Contexts {
+    base_allocation: bool,
+    hot: bool,
 }
 
 /// The handshake of one connection.
@@ -229,7 +239,7 @@ impl ServerHandshake {
             _ => format!("{option} is not supported"),
         };
         if option == OptionKind::SetMetaContext {
-            self.agreed.base_allocation_of = None;
+            self.agreed.contexts_of = None;
         }
         let mut out = Vec::new();
         put_option_reply(&mut out, option, reply, text.as_bytes());
@@ -244,12 +254,13 @@ impl ServerHandshake {
 
     fn session(&self, export_index: usize, flags: TransmissionFlags) -> Session {
         // Contexts count only if they were selected for the export that is used in the end.
-        let base_allocation = (self.agreed.base_allocation_of == Some(export_index)).then_some(BASE_ALLOCATION_ID);
+        let contexts = self.agreed.contexts_of.filter(|(of, _)| *of == export_index).map(|(_, contexts)| contexts);
         Session {
             export_index,
             flags,
             structured: self.agreed.structured,
-            base_allocation,
+            base_allocation: contexts.filter(|contexts| contexts.base_allocation).map(|_| BASE_ALLOCATION_ID),
+            hot: contexts.filter(|contexts| contexts.hot).map(|_| FERRY_HOT_ID),
             ferry: self.agreed.ferry_of == Some(export_index),
             no_zeroes: self.no_zeroes,
         }

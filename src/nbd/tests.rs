@@ -22,6 +22,7 @@ fn exports() -> impl Strategy<Value = Vec<ExportInfo>> {
             max_block: preferred_block + 7,
             identity,
             description,
+            tells_hot: size_bytes.is_multiple_of(3),
             ..ExportInfo::new(name, size_bytes >> 1, flags)
         }
     });
@@ -29,9 +30,10 @@ fn exports() -> impl Strategy<Value = Vec<ExportInfo>> {
 }
 
 fn wants() -> impl Strategy<Value = Wants> {
-    any::<[bool; 5]>().prop_map(|[structured, base_allocation, ferry, known_ferry, list]| Wants {
+    any::<[bool; 6]>().prop_map(|[structured, base_allocation, hot, ferry, known_ferry, list]| Wants {
         structured,
         base_allocation,
+        hot,
         ferry,
         known_ferry,
         list,
@@ -126,7 +128,8 @@ proptest! {
         let sizes = BlockSizes { min: client.min_block, preferred: client.preferred_block, max: client.max_block };
         prop_assert_eq!(sizes, export.block_sizes());
         prop_assert_eq!((client.structured, server.structured), (wants.structured, wants.structured));
-        prop_assert_eq!(client.base_allocation, server.base_allocation);
+        prop_assert_eq!((client.base_allocation, client.hot), (server.base_allocation, server.hot));
+        prop_assert_eq!(server.hot.is_some(), wants.structured && wants.hot && export.tells_hot);
         prop_assert_eq!(server.base_allocation.is_some(), wants.structured && wants.base_allocation);
         prop_assert_eq!(server.ferry, wants.ferry && export.identity.is_some());
         prop_assert_eq!(client.ferry_identity, export.identity.clone().filter(|_| wants.ferry));
@@ -288,9 +291,9 @@ proptest! {
         let request = Request::decode(&bytes).unwrap();
         prop_assert_eq!(request.encode(), bytes);
         let flags = TransmissionFlags::from_bits_truncate(bits);
-        let [structured, base_allocation, ferry] = agreed;
+        let [structured, contexts, ferry] = agreed;
         let limits = Limits {
-            size_bytes, flags, min_block, max_payload: DEFAULT_MAX_PAYLOAD, structured, base_allocation, ferry,
+            size_bytes, flags, min_block, max_payload: DEFAULT_MAX_PAYLOAD, structured, contexts, ferry,
             handoff: ferry,
         };
         // With offsets and flags as they come, and brought near to what is allowed.

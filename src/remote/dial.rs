@@ -65,9 +65,15 @@ pub(super) struct Dialed {
 pub(super) async fn dial(uri: &Uri, stats: &SourceStats, known_ferry: bool) -> Result<Dialed, DialError> {
     in_time(uri, async {
         let connection = connect(uri).await?;
-        shake_hands(uri, connection, stats, known_ferry, |_| ()).await
+        shake_hands(uri, connection, stats, wants(known_ferry), |_| ()).await
     })
     .await
+}
+
+/// Connects to a blkferry export to ask what it has in its page cache, and nothing else.
+pub(super) async fn dial_hot(uri: &Uri, stats: &SourceStats) -> Result<Dialed, DialError> {
+    let wants = Wants { structured: true, hot: true, ferry: true, known_ferry: true, ..Wants::default() };
+    in_time(uri, async { shake_hands(uri, connect(uri).await?, stats, wants, |_| ()).await }).await
 }
 
 /// A connection made on the chance that the source takes it.
@@ -94,7 +100,7 @@ pub(super) async fn dial_first(uri: &Uri, stats: &SourceStats, spares: usize) ->
         };
         let connection = connect(uri).await?;
         look(None);
-        let dialed = shake_hands(uri, connection, stats, false, |handshake| look(Some(handshake))).await?;
+        let dialed = shake_hands(uri, connection, stats, wants(false), |handshake| look(Some(handshake))).await?;
         let welcome = found.rung.get() && dialed.session.flags.contains(TransmissionFlags::CAN_MULTI_CONN);
         Ok((dialed, if welcome { started.take() } else { Spares::new() }))
     })
@@ -126,7 +132,7 @@ async fn spare(uri: Uri, stats: SourceStats, found: Rc<Found>) -> Result<Dialed,
     in_time(&uri, async {
         let connection = connect(&uri).await?;
         found.rung().await;
-        shake_hands(&uri, connection, &stats, true, |_| ()).await
+        shake_hands(&uri, connection, &stats, wants(true), |_| ()).await
     })
     .await
 }
@@ -147,16 +153,19 @@ async fn connect(uri: &Uri) -> Result<Connection, DialError> {
     connected.map_err(|source| DialError::Connect { uri: uri.to_string(), source })
 }
 
+fn wants(known_ferry: bool) -> Wants {
+    Wants { structured: true, base_allocation: true, ferry: true, known_ferry, ..Wants::default() }
+}
+
 async fn shake_hands(
     uri: &Uri,
     connection: Connection,
     stats: &SourceStats,
-    known_ferry: bool,
+    wants: Wants,
     on_news: impl Fn(&ClientHandshake),
 ) -> Result<Dialed, DialError> {
     let broken = |source| DialError::Broken { uri: uri.to_string(), source };
     let protocol = |source| DialError::Protocol { uri: uri.to_string(), source };
-    let wants = Wants { structured: true, base_allocation: true, ferry: true, known_ferry, list: false };
     let mut reader = BufferedReader::new(connection.clone(), READER_BYTES);
     let mut handshake = ClientHandshake::new(uri.export.clone(), wants);
     loop {

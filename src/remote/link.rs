@@ -15,8 +15,8 @@ use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent};
 use crate::nbd::chunk::{BlockStatus, ErrorChunk, FerryHashes, Hole, decode_data_offset};
 use crate::nbd::{
-    Ask, ChunkKind, ClientSession, Command, CommandFlags, FERRY_CHANGED, FERRY_CHANGED_ID, NbdError, ProtocolError,
-    ReplyHeader, Request, StateFlags, Told,
+    Ask, ChunkKind, ClientSession, Command, CommandFlags, FERRY_CHANGED, FERRY_CHANGED_ID, FERRY_IS_HOT, NbdError,
+    ProtocolError, ReplyHeader, Request, StateFlags, Told,
 };
 use crate::uring::{BufferedReader, Connection, Mailbox, Part, spawn};
 
@@ -54,11 +54,29 @@ pub(super) enum LinkFailure {
 type Answer<T> = oneshot::Sender<Result<T, LinkError>>;
 
 enum Waiting {
-    Read { read: ReadAssembly, answer: Answer<FetchedData> },
-    Extents { extents: Vec<Extent>, answer: Answer<Vec<Extent>> },
-    Hashes { hashes: HashAssembly, answer: Answer<Vec<[u8; 32]>> },
-    Told { told: Option<Told>, answer: Answer<Option<Told>> },
-    Changed { stretches: Vec<(u64, bool)>, answer: Answer<Vec<(u64, bool)>> },
+    Read {
+        read: ReadAssembly,
+        answer: Answer<FetchedData>,
+    },
+    Extents {
+        extents: Vec<Extent>,
+        answer: Answer<Vec<Extent>>,
+    },
+    Hashes {
+        hashes: HashAssembly,
+        answer: Answer<Vec<[u8; 32]>>,
+    },
+    Told {
+        told: Option<Told>,
+        answer: Answer<Option<Told>>,
+    },
+    /// Of a context of our own with one bit.
+    Marked {
+        context: u32,
+        bit: u32,
+        stretches: Vec<(u64, bool)>,
+        answer: Answer<Vec<(u64, bool)>>,
+    },
 }
 
 struct Pending {
@@ -213,8 +231,25 @@ impl Link {
 
     /// Asks what was written since the source's disk was made from its base: lengths, from the start of the range on.
     pub(super) async fn changed(&self, range: ByteRange) -> Result<Vec<(u64, bool)>, LinkError> {
-        let waiting = |answer| Waiting::Changed { stretches: Vec::new(), answer };
-        self.ask(Command::FerryChanged, range, waiting).await
+        self.marked(Command::FerryChanged, range, FERRY_CHANGED_ID, FERRY_CHANGED).await
+    }
+
+    /// Asks what the source has in its page cache: lengths, from the start of the range on. Only on a connection where
+    /// that context was chosen.
+    pub(super) async fn hot(&self, range: ByteRange) -> Result<Vec<(u64, bool)>, LinkError> {
+        let context = self.session().hot.ok_or(LinkError::Refused(Errno::ENOTSUP))?;
+        self.marked(Command::BlockStatus, range, context, FERRY_IS_HOT).await
+    }
+
+    async fn marked(
+        &self,
+        command: Command,
+        range: ByteRange,
+        context: u32,
+        bit: u32,
+    ) -> Result<Vec<(u64, bool)>, LinkError> {
+        let waiting = |answer| Waiting::Marked { context, bit, stretches: Vec::new(), answer };
+        self.ask(command, range, waiting).await
     }
 
     async fn ask<T>(
@@ -344,14 +379,14 @@ impl Link {
             (ChunkKind::FerryTold, Waiting::Told { told, .. }) => {
                 *told = Some(Told::decode(&payload(reader, len).await?)?)
             }
-            (ChunkKind::BlockStatus, Waiting::Changed { stretches, .. }) => {
+            (ChunkKind::BlockStatus, Waiting::Marked { context, bit, stretches, .. }) => {
                 let status = BlockStatus::decode(&payload(reader, len).await?)?;
-                if status.context_id == FERRY_CHANGED_ID {
+                if status.context_id == *context {
                     if !stretches.is_empty() {
                         return Err(LinkFailure::UnexpectedChunk(kind));
                     }
                     let told = status.extents.iter();
-                    stretches.extend(told.map(|e| (u64::from(e.len), e.flags.bits() & FERRY_CHANGED != 0)));
+                    stretches.extend(told.map(|e| (u64::from(e.len), e.flags.bits() & *bit != 0)));
                 }
             }
             (kind, _) if kind.is_error() => {
@@ -405,7 +440,7 @@ fn finish(pending: Pending) -> Result<(), LinkFailure> {
         (Waiting::Read { read, answer }, None) => drop(answer.send(Ok(read.finish()?))),
         (Waiting::Extents { extents, answer }, refused) => drop(answer.send(refused.map_or(Ok(extents), Err))),
         (Waiting::Told { told, answer }, refused) => drop(answer.send(refused.map_or(Ok(told), Err))),
-        (Waiting::Changed { stretches, answer }, refused) => {
+        (Waiting::Marked { stretches, answer, .. }, refused) => {
             drop(answer.send(refused.map_or(Ok(stretches), Err)));
         }
         (Waiting::Hashes { hashes, answer }, refused) => {

@@ -11,9 +11,10 @@ use super::disk::Disk;
 use super::stats::ServeStats;
 use super::{HANDSHAKE_TIMEOUT, HASH_PIECE_BYTES, MAX_BYTES, MAX_REQUESTS, MAX_WAITING_BYTES, replies};
 use crate::engine::ByteRange;
+use crate::nbd::chunk::Extent;
 use crate::nbd::{
-    Ask, Command, CommandFlags, ExportInfo, Limits, MAX_EXTENTS, NbdError, ProtocolError, Request, ServerHandshake,
-    ServerStep, Session,
+    Ask, Command, CommandFlags, ExportInfo, FERRY_IS_HOT, Limits, MAX_EXTENTS, NbdError, ProtocolError, Request,
+    ServerHandshake, ServerStep, Session,
 };
 use crate::uring::{Budget, BufferedReader, Connection, Lent, Mailbox, Part, sleep, spawn};
 
@@ -215,10 +216,9 @@ async fn answer<D: Disk>(context: &Context<D>, request: Request, payload: Vec<u8
         Command::Cache => disk.prefetch(range).await,
         Command::BlockStatus => {
             let max = if flags.contains(CommandFlags::REQ_ONE) { 1 } else { MAX_EXTENTS.min(8192) };
-            match (disk.extents(range, max).await, context.session.base_allocation) {
-                (Ok(extents), Some(id)) if !extents.is_empty() => return replies::block_status(cookie, id, &extents),
-                (Ok(_), _) => Err(NbdError::Inval),
-                (Err(error), _) => Err(error),
+            match block_status(context, range, max).await {
+                Ok(contexts) => return replies::block_status(cookie, &contexts),
+                Err(error) => Err(error),
             }
         }
         Command::FerryHash => match disk.hashes(range, HASH_PIECE_BYTES).await {
@@ -240,6 +240,22 @@ async fn answer<D: Disk>(context: &Context<D>, request: Request, payload: Vec<u8
         Command::Disc | Command::Unknown(_) => Err(NbdError::Inval),
     };
     replies::done(structured, cookie, result)
+}
+
+/// For each context that was selected its id and extents (spec: "one chunk for each metadata context").
+async fn block_status<D: Disk>(
+    context: &Context<D>,
+    range: ByteRange,
+    max: usize,
+) -> Result<Vec<(u32, Vec<Extent>)>, NbdError> {
+    let mut contexts = Vec::new();
+    if let Some(id) = context.session.base_allocation {
+        contexts.push((id, replies::allocation(&context.disk.extents(range, max).await?)));
+    }
+    if let Some(id) = context.session.hot {
+        contexts.push((id, replies::marked(&context.disk.hot(range, max).await?, FERRY_IS_HOT)));
+    }
+    if contexts.iter().any(|(_, extents)| extents.is_empty()) { Err(NbdError::Inval) } else { Ok(contexts) }
 }
 
 async fn write_replies<D: Disk>(connection: Connection, context: Rc<Context<D>>) {

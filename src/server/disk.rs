@@ -67,6 +67,13 @@ pub trait Disk: 'static {
     /// Holes and zeros from the start of a range: at least one stretch, at most `max`, perhaps short of its end.
     fn extents(&self, range: ByteRange, max: usize) -> impl Future<Output = Result<Vec<DiskExtent>, NbdError>>;
 
+    /// Stretches from the start of a range that are (true) or are not in the page cache: at least one, at most `max`,
+    /// perhaps short of its end. Only asked of a disk whose export tells it.
+    fn hot(&self, range: ByteRange, max: usize) -> impl Future<Output = Result<Vec<(u64, bool)>, NbdError>> {
+        let _ = (range, max);
+        async { Err(NbdError::NotSup) }
+    }
+
     /// BLAKE3 hashes of a range, one for each `piece_bytes`; only asked by a blkferry client.
     fn hashes(&self, range: ByteRange, piece_bytes: u32) -> impl Future<Output = Result<Vec<[u8; 32]>, NbdError>> {
         let _ = (range, piece_bytes);

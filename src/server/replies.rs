@@ -58,19 +58,39 @@ pub(super) fn data(structured: bool, single: bool, cookie: u64, offset: u64, pie
     parts
 }
 
-/// The answer to BLOCK_STATUS.
-pub(super) fn block_status(cookie: u64, context_id: u32, extents: &[DiskExtent]) -> Vec<Part> {
+/// The answer to BLOCK_STATUS: the extents of each context, by its id. At least one.
+pub(super) fn block_status(cookie: u64, contexts: &[(u32, Vec<Extent>)]) -> Vec<Part> {
+    let mut chunks = Vec::new();
+    let last = contexts.len() - 1;
+    for (index, (id, extents)) in contexts.iter().enumerate() {
+        let flags = if index == last { ReplyFlags::DONE } else { ReplyFlags::empty() };
+        put_block_status_chunk(&mut chunks, cookie, flags, *id, extents);
+    }
+    vec![Part::Owned(chunks)]
+}
+
+/// Extents of `base:allocation`.
+pub(super) fn allocation(extents: &[DiskExtent]) -> Vec<Extent> {
     let to_wire = |extent: &DiskExtent| {
         let mut flags = StateFlags::empty();
         flags.set(StateFlags::HOLE, extent.hole);
         flags.set(StateFlags::ZERO, extent.zero);
-        let len = u32::try_from(extent.len_bytes).expect("extents lie in a request, which is shorter than 4 GiB");
-        Extent { len, flags }
+        Extent { len: in_request(extent.len_bytes), flags }
     };
-    let extents: Vec<Extent> = extents.iter().map(to_wire).collect();
-    let mut head = Vec::new();
-    put_block_status_chunk(&mut head, cookie, ReplyFlags::DONE, context_id, &extents);
-    vec![Part::Owned(head)]
+    extents.iter().map(to_wire).collect()
+}
+
+/// Extents of a context of our own that knows one bit.
+pub(super) fn marked(stretches: &[(u64, bool)], bit: u32) -> Vec<Extent> {
+    let to_wire = |&(len_bytes, marked): &(u64, bool)| {
+        let flags = StateFlags::from_bits_retain(if marked { bit } else { 0 });
+        Extent { len: in_request(len_bytes), flags }
+    };
+    stretches.iter().map(to_wire).collect()
+}
+
+fn in_request(len_bytes: u64) -> u32 {
+    u32::try_from(len_bytes).expect("stretches lie in a request, which is shorter than 4 GiB")
 }
 
 /// The answer to a request for hashes.
@@ -89,12 +109,5 @@ pub(super) fn told(cookie: u64, told: &Told) -> Vec<Part> {
 
 /// The answer to the question what was written since.
 pub(super) fn changed(cookie: u64, stretches: &[(u64, bool)]) -> Vec<Part> {
-    let to_wire = |&(len_bytes, changed): &(u64, bool)| {
-        let len = u32::try_from(len_bytes).expect("stretches lie in a request, which is shorter than 4 GiB");
-        Extent { len, flags: StateFlags::from_bits_retain(if changed { FERRY_CHANGED } else { 0 }) }
-    };
-    let extents: Vec<Extent> = stretches.iter().map(to_wire).collect();
-    let mut head = Vec::new();
-    put_block_status_chunk(&mut head, cookie, ReplyFlags::DONE, FERRY_CHANGED_ID, &extents);
-    vec![Part::Owned(head)]
+    block_status(cookie, &[(FERRY_CHANGED_ID, marked(stretches, FERRY_CHANGED))])
 }

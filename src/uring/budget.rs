@@ -57,9 +57,24 @@ impl Budget {
     }
 }
 
+impl Lent {
+    /// Gives back what is more than this.
+    pub fn keep(&mut self, amount: usize) {
+        let rest = self.amount.saturating_sub(amount);
+        self.amount -= rest;
+        self.budget.give_back(rest);
+    }
+}
+
+impl Inner {
+    fn give_back(&self, amount: usize) {
+        self.free.set(self.free.get() + amount);
+        self.returned.notify(usize::MAX);
+    }
+}
+
 impl Drop for Lent {
     fn drop(&mut self) {
-        self.budget.free.set(self.budget.free.get() + self.amount);
-        self.budget.returned.notify(usize::MAX);
+        self.budget.give_back(self.amount);
     }
 }

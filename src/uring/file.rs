@@ -53,7 +53,7 @@ pub struct FileExtent {
 /// calls.
 #[derive(Clone, Debug)]
 pub struct FileIo {
-    fd: Arc<OwnedFd>,
+    pub(super) fd: Arc<OwnedFd>,
     now: Arc<NowIo>,
 }
 

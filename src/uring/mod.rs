@@ -16,6 +16,7 @@
 #![allow(unsafe_code)]
 
 mod budget;
+mod cached;
 mod command;
 mod file;
 mod idle;

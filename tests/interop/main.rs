@@ -30,6 +30,7 @@ mod faults;
 mod fio;
 mod foreign;
 mod guest;
+mod hot;
 mod oracle;
 mod settings;
 mod wire;

@@ -102,7 +102,8 @@ impl World {
         if self.hydrating {
             // It has forgotten, and asks again: until it is told, zeros that cross as holes may be fetched.
             let asks = |block| self.tasks.iter().any(|t| matches!(t.what, What::Query(run) if run.contains(block)));
-            let forgot = |block| self.setup.config.compact && asks(block);
+            // So may what is said to be hot.
+            let forgot = |block| self.setup.config.compact && (asks(block) || self.hot[block as usize]);
             let told = (run.start..run.end).find(|&block| self.told_zero[block as usize] && !forgot(block));
             ensure!(told.is_none(), "I6", "block {told:?} is known to be zeros, and is fetched");
         }

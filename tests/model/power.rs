@@ -61,6 +61,7 @@ impl World {
         self.fetches.clear();
         self.crossed.fill(0);
         self.told_zero.fill(false);
+        self.hot.fill(false);
         self.injected = false;
         self.hydrated = false;
         Ok(())

@@ -196,7 +196,16 @@ impl Turn<'_> {
             world.submit(kind, range)?;
             // Half of all misses are followed by a look ahead; which ones does not use up chance.
             let looks_ahead = kind == OpKind::Read && !present && (range.start / 4096).is_multiple_of(2);
-            if looks_ahead { world.feed(Event::Ahead { range }).map(drop) } else { Ok(()) }
+            if looks_ahead {
+                world.feed(Event::Ahead { range })?;
+            }
+            // As do some that hear what is hot at the source, in any order, and more than once.
+            if (range.start / 4096) % 5 == 3 {
+                let blocks = world.setup.geometry.covering(range);
+                world.hot[blocks.start as usize..blocks.end as usize].fill(true);
+                world.feed(Event::Hot { ranges: vec![range] })?;
+            }
+            Ok(())
         }
     }
 

@@ -92,6 +92,8 @@ pub struct World {
     pub crossed: Vec<u32>,
     /// Blocks of which the source has said that they are zeros.
     pub told_zero: Vec<bool>,
+    /// Blocks that hydration was asked to prefer.
+    pub hot: Vec<bool>,
     /// Blocks that the guest ever asked to change.
     pub touched: Vec<bool>,
     /// When the commit that runs was ordered.
@@ -137,6 +139,7 @@ impl World {
             touched: setup.blocks.iter().map(|&b| b == Initial::Dirty).collect(),
             crossed: vec![0; blocks],
             told_zero: vec![false; blocks],
+            hot: vec![false; blocks],
             setup,
             options,
             words,

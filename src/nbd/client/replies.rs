@@ -1,7 +1,7 @@
 //! What the client makes of each option reply (spec: "Option reply types").
 
 use super::{ClientHandshake, ClientStep, ORDER, State, option_bytes};
-use crate::nbd::consts::{BASE_ALLOCATION, MAX_OPTION_REPLY_LEN};
+use crate::nbd::consts::{BASE_ALLOCATION, FERRY_HOT, MAX_OPTION_REPLY_LEN};
 use crate::nbd::error::ProtocolError;
 use crate::nbd::handoff::HANDOFF_VERSION;
 use crate::nbd::option::{OptionKind, OptionReplyHeader, OptionReplyKind};
@@ -42,8 +42,10 @@ impl ClientHandshake {
             (OptionKind::Go, OptionReplyKind::Info) => self.found.add_info(Info::decode(data)?),
             (OptionKind::SetMetaContext, OptionReplyKind::MetaContext) => {
                 let context = MetaContext::decode(data)?;
-                if context.name == BASE_ALLOCATION {
-                    self.found.base_allocation = Some(context.id);
+                match context.name.as_str() {
+                    BASE_ALLOCATION => self.found.base_allocation = Some(context.id),
+                    FERRY_HOT => self.found.hot = Some(context.id),
+                    _ => {}
                 }
             }
             (OptionKind::Ferry, OptionReplyKind::Ferry) => {

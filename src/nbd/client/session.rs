@@ -25,6 +25,8 @@ pub struct ClientSession {
     pub structured: bool,
     /// The metadata context id of `base:allocation`, if the server has it.
     pub base_allocation: Option<u32>,
+    /// The same of `blkferry:hot`.
+    pub hot: Option<u32>,
     /// The identity that a blkferry server gave. `Some` allows `CMD_FERRY_HASH` (with structured replies).
     pub ferry_identity: Option<String>,
     /// How its disk stands, if that can change hands. `Some` allows `CMD_FERRY_HANDOFF`.
@@ -49,6 +51,7 @@ impl ClientSession {
 pub(super) struct Findings {
     pub(super) structured: bool,
     pub(super) base_allocation: Option<u32>,
+    pub(super) hot: Option<u32>,
     pub(super) ferry_identity: Option<String>,
     pub(super) standing: Option<Standing>,
     pub(super) export: Option<(u64, TransmissionFlags)>,
@@ -71,7 +74,7 @@ impl Findings {
     /// Drops what an option brought that ended in an error after all.
     pub(super) fn forget(&mut self, option: OptionKind) {
         match option {
-            OptionKind::SetMetaContext => self.base_allocation = None,
+            OptionKind::SetMetaContext => (self.base_allocation, self.hot) = (None, None),
             OptionKind::Ferry => (self.ferry_identity, self.standing) = (None, None),
             OptionKind::Go => (self.export, self.block_sizes, self.name, self.description) = (None, None, None, None),
             _ => {}
@@ -96,6 +99,7 @@ impl Findings {
             max_block: sizes.max,
             structured: self.structured,
             base_allocation: self.base_allocation,
+            hot: self.hot,
             ferry_identity: self.ferry_identity,
             standing: self.standing.filter(|_| self.structured),
             name: self.name,

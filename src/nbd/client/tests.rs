@@ -5,7 +5,8 @@ use crate::nbd::export_info::BlockSizes;
 use crate::nbd::option::{OptionHeader, OptionReplyKind, put_option_reply};
 use crate::nbd::option_data::{FerryAnswer, Info, MetaContext};
 
-const ALL: Wants = Wants { structured: true, base_allocation: true, ferry: true, known_ferry: false, list: false };
+const ALL: Wants =
+    Wants { structured: true, base_allocation: true, hot: true, ferry: true, known_ferry: false, list: false };
 
 /// A client that has read the greeting, and the option it sends first.
 fn client(export: &str, wants: Wants) -> (ClientHandshake, OptionKind) {

@@ -10,7 +10,7 @@ fn full() -> Limits {
         min_block: 512,
         max_payload: 1 << 16,
         structured: true,
-        base_allocation: true,
+        contexts: true,
         ferry: true,
         handoff: true,
     }
@@ -46,13 +46,8 @@ fn everything_agreed_on_is_allowed() {
 
 #[test]
 fn nothing_is_allowed_that_was_not_agreed_on() {
-    let bare = Limits {
-        flags: TransmissionFlags::HAS_FLAGS,
-        structured: false,
-        base_allocation: false,
-        ferry: false,
-        ..full()
-    };
+    let bare =
+        Limits { flags: TransmissionFlags::HAS_FLAGS, structured: false, contexts: false, ferry: false, ..full() };
     for command in RANGED {
         let allowed = matches!(command, Command::Read | Command::Write);
         let want = if allowed { Ok(()) } else { Err(NbdError::Inval) };

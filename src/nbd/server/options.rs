@@ -1,7 +1,7 @@
 //! What the server answers to each option (spec: "Option types").
 
-use super::{BASE_ALLOCATION_ID, ServerHandshake, ServerStep};
-use crate::nbd::consts::{BASE_ALLOCATION, EXPORT_NAME_ZEROES, FERRY_VERSION};
+use super::{BASE_ALLOCATION_ID, Contexts, FERRY_HOT_ID, ServerHandshake, ServerStep};
+use crate::nbd::consts::{BASE_ALLOCATION, EXPORT_NAME_ZEROES, FERRY_HOT, FERRY_VERSION};
 use crate::nbd::export_info::ExportInfo;
 use crate::nbd::option::{OptionKind, OptionReplyKind, put_option_reply};
 use crate::nbd::option_data::{
@@ -157,26 +157,33 @@ impl ServerHandshake {
     }
 
     fn on_list_meta_context(&self, data: &[u8]) -> Result<Vec<u8>, Refusal> {
-        let (_, request) = self.meta_context_request(data)?;
+        let (index, request) = self.meta_context_request(data)?;
         let mut replies = Replies::to(OptionKind::ListMetaContext);
-        // No query asks for everything; `base:` is the wildcard of the base namespace.
-        let wanted = |query: &String| query == BASE_ALLOCATION || query == "base:";
-        if request.queries.is_empty() || request.queries.iter().any(wanted) {
-            let context = MetaContext { id: 0, name: BASE_ALLOCATION.to_owned() };
-            replies.add(OptionReplyKind::MetaContext, &context.encode());
+        let offered = [(BASE_ALLOCATION, true), (FERRY_HOT, self.exports[index].tells_hot)];
+        for (name, _) in offered.iter().filter(|(_, offered)| *offered) {
+            // No query asks for everything; `base:` is the wildcard of the base namespace, and so on.
+            let namespace = &name[..=name.find(':').expect("all have one")];
+            let wanted = |query: &String| query == name || query == namespace;
+            if request.queries.is_empty() || request.queries.iter().any(wanted) {
+                let context = MetaContext { id: 0, name: (*name).to_owned() };
+                replies.add(OptionReplyKind::MetaContext, &context.encode());
+            }
         }
         Ok(replies.ack())
     }
 
     fn on_set_meta_context(&mut self, data: &[u8]) -> Result<Vec<u8>, Refusal> {
         // Whatever comes of it, the former selection is gone.
-        self.agreed.base_allocation_of = None;
+        self.agreed.contexts_of = None;
         let (index, request) = self.meta_context_request(data)?;
         let mut replies = Replies::to(OptionKind::SetMetaContext);
-        if request.queries.iter().any(|query| query == BASE_ALLOCATION) {
-            self.agreed.base_allocation_of = Some(index);
-            let context = MetaContext { id: BASE_ALLOCATION_ID, name: BASE_ALLOCATION.to_owned() };
-            replies.add(OptionReplyKind::MetaContext, &context.encode());
+        let asked = |name| request.queries.iter().any(|query| query == name);
+        let hot = self.exports[index].tells_hot && asked(FERRY_HOT);
+        let contexts = Contexts { base_allocation: asked(BASE_ALLOCATION), hot };
+        self.agreed.contexts_of = Some((index, contexts));
+        let chosen = [(BASE_ALLOCATION_ID, BASE_ALLOCATION, contexts.base_allocation), (FERRY_HOT_ID, FERRY_HOT, hot)];
+        for (id, name, _) in chosen.into_iter().filter(|(_, _, chosen)| *chosen) {
+            replies.add(OptionReplyKind::MetaContext, &MetaContext { id, name: name.to_owned() }.encode());
         }
         Ok(replies.ack())
     }

@@ -299,7 +299,7 @@ fn limits_follow_the_session() {
         min_block: 1,
         max_payload: 1 << 25,
         structured: true,
-        base_allocation: true,
+        contexts: true,
         ferry: false,
         handoff: false,
     };

@@ -28,8 +28,14 @@ struct Course {
 
 fn wants_of(wishes: u8) -> (Wants, String) {
     let wish = |bit: u8| wishes & (1 << bit) != 0;
-    let wants =
-        Wants { structured: wish(0), base_allocation: wish(1), ferry: wish(2), known_ferry: wish(3), list: wish(4) };
+    let wants = Wants {
+        structured: wish(0),
+        base_allocation: wish(1),
+        hot: wish(6),
+        ferry: wish(2),
+        known_ferry: wish(3),
+        list: wish(4),
+    };
     (wants, if wish(5) { String::new() } else { "disk".into() })
 }
 

@@ -1,0 +1,129 @@
+//! Which parts of a file are in the page cache (`cachestat(2)`, Linux 6.5).
+
+use std::io;
+use std::ops::Range;
+use std::os::fd::AsRawFd;
+
+use nix::libc;
+
+use super::file::{FileIo, PAGE_BYTES};
+
+/// The system call's number, the same wherever Linux has the generic table.
+const SYS_CACHESTAT: libc::c_long = 451;
+/// Piece that is told to be in the cache or not: in it is what has half of its pages there.
+const PIECE_BYTES: u64 = 64 << 10;
+/// Piece that is looked at first; where nothing is, or all, nothing smaller is.
+const FIRST_BYTES: u64 = 64 << 20;
+/// Pages that one call counts, about: a millisecond.
+const MOST_PAGES: u64 = 1 << 18;
+
+/// `struct cachestat_range` of `<linux/mman.h>`.
+#[repr(C)]
+struct CachestatRange {
+    offset: u64,
+    len: u64,
+}
+
+/// `struct cachestat` of `<linux/mman.h>`, in pages.
+#[repr(C)]
+#[derive(Default)]
+struct Cachestat {
+    cache: u64,
+    dirty: u64,
+    writeback: u64,
+    evicted: u64,
+    recently_evicted: u64,
+}
+
+impl FileIo {
+    /// Stretches from the start of a range that are or are not in the page cache: their lengths in bytes, and which it is.
+    /// At least one and at most `max`, perhaps short of the range's end. Fails where the system does not tell: before
+    /// Linux 6.5, or if the file is another user's.
+    pub fn cached(&self, range: Range<u64>, max: usize) -> io::Result<Vec<(u64, bool)>> {
+        let mut stretches = Stretches { found: Vec::new(), max };
+        let (mut at, mut pages) = (range.start, 0);
+        while at < range.end && pages < MOST_PAGES && stretches.has_room() {
+            let end = range.end.min((at / FIRST_BYTES + 1) * FIRST_BYTES);
+            pages += self.look(at..end, &mut stretches)?;
+            at = end;
+        }
+        Ok(stretches.found)
+    }
+
+    /// Adds what there is in a range, and says how many of its pages are in the cache.
+    fn look(&self, range: Range<u64>, stretches: &mut Stretches) -> io::Result<u64> {
+        if !stretches.has_room() {
+            return Ok(0);
+        }
+        let len = range.end - range.start;
+        let pages = self.cached_pages(&range)?;
+        let all = len.div_ceil(PAGE_BYTES as u64);
+        if pages == 0 || pages >= all || len <= PIECE_BYTES {
+            stretches.push(len, pages * 2 >= all);
+            return Ok(pages);
+        }
+        let half = (range.start + len / 2).next_multiple_of(PIECE_BYTES).min(range.end);
+        self.look(range.start..half, stretches)?;
+        if half < range.end {
+            self.look(half..range.end, stretches)?;
+        }
+        Ok(pages)
+    }
+
+    fn cached_pages(&self, range: &Range<u64>) -> io::Result<u64> {
+        let asked = CachestatRange { offset: range.start, len: range.end - range.start };
+        let mut told = Cachestat::default();
+        // SAFETY: both structures are those of the kernel's interface and live until the call returns; it writes
+        // nothing but the second one.
+        let result = unsafe { libc::syscall(SYS_CACHESTAT, self.fd.as_raw_fd(), &raw const asked, &raw mut told, 0) };
+        if result == 0 { Ok(told.cache) } else { Err(io::Error::last_os_error()) }
+    }
+}
+
+struct Stretches {
+    found: Vec<(u64, bool)>,
+    max: usize,
+}
+
+impl Stretches {
+    fn has_room(&self) -> bool {
+        self.found.len() < self.max
+    }
+
+    fn push(&mut self, len: u64, cached: bool) {
+        match self.found.last_mut() {
+            Some((before, was)) if *was == cached => *before += len,
+            _ => self.found.push((len, cached)),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::fs::FileExt;
+
+    use nix::fcntl::{PosixFadviseAdvice, posix_fadvise};
+
+    use super::*;
+
+    const MIB: u64 = 1 << 20;
+
+    #[test]
+    fn what_was_read_is_there_and_what_was_dropped_is_not() {
+        // On a disk: what is in a tmpfs is nowhere but in the page cache.
+        let file = tempfile::tempfile_in("/var/tmp").unwrap();
+        file.write_all_at(&vec![7; 8 * MIB as usize], 0).unwrap();
+        file.set_len(100 * MIB).unwrap();
+        file.sync_all().unwrap();
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_DONTNEED).unwrap();
+        posix_fadvise(&file, 0, 0, PosixFadviseAdvice::POSIX_FADV_RANDOM).unwrap();
+        file.read_exact_at(&mut vec![0; 256 << 10], 3 * MIB).unwrap();
+        let io = FileIo::from(file);
+        let told = io.cached(0..100 * MIB, 100).unwrap();
+        assert_eq!(told, [(3 * MIB, false), (256 << 10, true), (97 * MIB - (256 << 10), false)]);
+        assert_eq!(io.cached(3 * MIB..3 * MIB + 4096, 100).unwrap(), [(4096, true)]);
+        let few = io.cached(0..100 * MIB, 2).unwrap();
+        assert_eq!(few, told[..2], "as many as there is room for");
+        assert!(FileIo::from(std::fs::File::open("/dev/null").unwrap()).cached(0..4096, 1).is_ok_and(|s| !s[0].1));
+    }
+}
