@@ -14,6 +14,8 @@ use crate::uring::{Lent, sleep};
 
 /// Pause after a failure, before it tries again.
 const RETRY_PAUSE: Duration = Duration::from_secs(2);
+/// What a fetch counts for at least: of small ones there are so many more under way, but not without end.
+const MIN_SHARE_BYTES: usize = 32 << 10;
 
 impl Fetcher {
     /// Hydrates until everything is here.
@@ -59,7 +61,7 @@ impl Fetcher {
     }
 
     /// Starts one fetch (or waits until there is one to start), and keeps to the rate.
-    async fn hydrate_step(self: &Rc<Self>, share: Lent, mode: Mode, pacer: &mut Pacer) {
+    async fn hydrate_step(self: &Rc<Self>, mut share: Lent, mode: Mode, pacer: &mut Pacer) {
         let progress = self.progress.listen();
         let mut actions = Vec::new();
         self.core.apply_into(Event::Hydrate, &mut actions);
@@ -67,6 +69,7 @@ impl Fetcher {
         match actions.pop() {
             Some(Action::Fetch { fetch, run, lane }) => {
                 let bytes = self.core.geometry().bytes_of(run).len();
+                share.keep(MIN_SHARE_BYTES.max(bytes as usize));
                 self.start_fetch(fetch, run, lane, Some(share));
                 if let Mode::Rate(rate) = mode {
                     let wait = pacer.spend(Instant::now(), rate, bytes);

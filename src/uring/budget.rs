@@ -57,6 +57,16 @@ impl Budget {
     }
 }
 
+impl Lent {
+    /// Keeps so much of it, if it is that much; the rest goes back now.
+    pub fn keep(&mut self, amount: usize) {
+        let rest = self.amount.saturating_sub(amount);
+        self.amount -= rest;
+        self.budget.free.set(self.budget.free.get() + rest);
+        self.budget.returned.notify(usize::MAX);
+    }
+}
+
 impl Drop for Lent {
     fn drop(&mut self) {
         self.budget.free.set(self.budget.free.get() + self.amount);
