@@ -14,6 +14,7 @@ pub const BLOCKS: usize = 2;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Bounds {
     pub writes: u8,
+    /// No disk is taken beyond this epoch.
     pub epoch: u64,
 }
 
@@ -271,6 +272,9 @@ impl Laps {
         let Some(cache) = here.cache.as_ref().filter(|cache| cache.right == Right::Standby) else { return };
         let there = other(host);
         let Some(source) = self.source(there).filter(|_| self.hosts[there].up) else { return };
+        if source.given_to != Some(cache.me) && source.epoch >= self.bounds.epoch {
+            return;
+        }
         let deed = Deed { disk: source.disk, epoch: source.epoch, given_to: source.given_to };
         let taker = cache.taker(&deed);
         if let (None, Some(ask)) = (cache.given, taker.take(0)) {
