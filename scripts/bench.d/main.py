@@ -9,6 +9,7 @@ import re
 import subprocess
 from pathlib import Path
 
+import back
 import boot
 import busy
 import clone
@@ -30,7 +31,7 @@ COMPONENTS = {
     for module in (
         hydrate, loopback, demand, local, writes, busy, hostile, size, instructions, boot, ublk, clone, migrate
     )
-}
+} | {"return": back}
 
 
 def machine():

@@ -18,6 +18,7 @@ mod open;
 mod page;
 mod recover;
 mod superblock;
+mod whole;
 
 #[cfg(feature = "planted-faults")]
 pub use commit::PlantedFault;
@@ -31,3 +32,4 @@ pub use open::{
 pub use page::{CopyState, PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
 pub use recover::{ReadAt, Recovered, Recovery};
 pub use superblock::{CacheState, FORMAT_VERSION, Gift, Superblock};
+pub use whole::Whole;

@@ -298,7 +298,8 @@ impl Cache {
             s.clean = false;
             s.boot_id = boot;
             s.source.clone_from(&source.uri);
-            s.dirty_exact &= !lost_power;
+            // One that was given away had nothing in the air.
+            s.dirty_exact &= !lost_power || s.state == CacheState::Away;
         });
         let io = |source| MetadataError::Io { path: options.metadata.clone(), action: "write the superblock", source };
         opened.map_err(io)?;
@@ -307,13 +308,14 @@ impl Cache {
     }
 }
 
-/// Removes a cache in which nothing is: its metadata, and the data file if nothing was ever written to it.
-pub fn discard(data: &Path, metadata: &Path) -> io::Result<()> {
+/// Removes a cache in which nothing is: its metadata, and the data file if nothing was ever written to it. Not one that
+/// is `somebodys`: an image may be nothing but holes, too.
+pub fn discard(data: &Path, metadata: &Path, somebodys: bool) -> io::Result<()> {
     use std::os::unix::fs::MetadataExt;
     fs::remove_file(metadata)?;
     sync_dir_of(metadata)?;
     match fs::metadata(data) {
-        Ok(meta) if meta.is_file() && meta.blocks() == 0 => fs::remove_file(data),
+        Ok(meta) if !somebodys && meta.is_file() && meta.blocks() == 0 => fs::remove_file(data),
         _ => Ok(()),
     }
 }
@@ -347,6 +349,7 @@ fn new_superblock(source: &SourceFacts, block_bytes: u64, standby: bool) -> Resu
         gift: source.disk.map(|disk| Gift { disk, epoch: 0 }),
         floor: 0,
         given_to: None,
+        released: false,
     };
     check_fits(&superblock)?;
     Ok(superblock)
@@ -363,6 +366,7 @@ fn check_fits(superblock: &Superblock) -> Result<(), OpenError> {
         gift: Some(Gift { disk: Uuid::nil(), epoch: u64::MAX }),
         floor: u64::MAX,
         given_to: Some(Uuid::nil()),
+        released: true,
         epoch: u64::MAX,
         ..superblock.clone()
     };

@@ -64,6 +64,9 @@ pub struct Superblock {
     /// Who it was given to.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub given_to: Option<Uuid>,
+    /// Whoever it was given to has all of it.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub released: bool,
 }
 
 fn is_zero(number: &u64) -> bool {

@@ -81,6 +81,10 @@ pub(super) struct Args {
     /// Attach although a killed daemon's live map is gone: writes that were never flushed may be lost
     #[arg(long)]
     forget_unflushed: bool,
+    /// Do without the source, for a cache that was given away: the disk has come home there, and what is not here is there.
+    /// The host that has it fetches from here what was written here
+    #[arg(long)]
+    no_source: bool,
     /// If a block device of this name waits for its daemon, take it over, as `recover` does. For service managers
     #[arg(long)]
     recover: bool,
@@ -150,6 +154,7 @@ fn options(args: &Args) -> DaemonOptions {
         on_source_loss: args.on_source_loss,
         block_bytes: args.block_size,
         forget_unflushed: args.forget_unflushed,
+        no_source: args.no_source,
         ublk: wants_ublk.then_some(ublk),
         overwrite: args.overwrite,
         standby: args.standby.then_some(match args.activate {

@@ -3,11 +3,13 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::rc::Rc;
+use std::sync::Arc;
 use std::time::Duration;
 
 use super::display;
-use crate::daemon::wait_for_stop_signal;
-use crate::export::{ExportDisk, Giver};
+use crate::control::RunDir;
+use crate::daemon::{refuse_cache, wait_for_stop_signal};
+use crate::export::{ExportDisk, Giver, bell_of, hear};
 use crate::nbd::{Address, Standing};
 use crate::server::{ServeStats, Server, listen};
 use crate::uring::{Listener, Mailbox, Reactor, require_io_uring};
@@ -46,9 +48,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let stop = Mailbox::default();
     let ring_bell = stop.clone();
     wait_for_stop_signal(move || ring_bell.send(()))?;
+    refuse_cache(&args.image)?;
     let (image, giver) = Giver::open(&args.image, args.in_use, args.handoff)?;
     let size_bytes = image.size_bytes();
     let standing = giver.as_ref().map(|giver| giver.standing());
+    let bell = giver.clone().map(|giver| hang_bell(args, giver, stop.clone())).transpose()?;
     let disk = ExportDisk::new(image, giver, args.name.clone())?;
     let listeners = args.listen.iter().map(listen).collect::<Result<Vec<_>, _>>()?;
     let uri = |(_, address): &(Listener, Address)| address.clone().uri(&args.name).to_string();
@@ -66,8 +70,23 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             server.stop(STOP_PATIENCE).await;
         }
     })?;
+    if let Some(bell) = bell {
+        // Gone already is as good.
+        let _ = std::fs::remove_file(bell);
+    }
     log::info!("{} sent", display::bytes(told.sent_bytes()));
     Ok(ExitCode::SUCCESS)
+}
+
+/// When the disk comes home, the device that it comes home to asks this export to leave.
+fn hang_bell(args: &Args, giver: Arc<Giver>, stop: Mailbox<()>) -> anyhow::Result<PathBuf> {
+    let bell = bell_of(RunDir::open()?.path(), &args.image)?;
+    let image = args.image.clone();
+    hear(&bell, giver, move || {
+        log::info!("image {}: its disk comes home, this export ends", image.display());
+        stop.send(());
+    })?;
+    Ok(bell)
 }
 
 fn announce(args: &Args, size_bytes: u64, uris: &[String], standing: Option<&Standing>) -> anyhow::Result<()> {

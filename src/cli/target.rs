@@ -143,6 +143,7 @@ fn add_options(add: &Add) -> DaemonOptions {
         on_source_loss: add.on_source_loss,
         block_bytes: None,
         forget_unflushed: false,
+        no_source: false,
         overwrite: false,
         ublk: Some(UblkOptions {
             // ublksrv says -1 for any.

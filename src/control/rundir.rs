@@ -83,6 +83,9 @@ pub struct UblkEntry {
     /// Known to ublksrv's `ublk`?
     #[serde(default)]
     pub ublksrv: bool,
+    /// In standby, the guest's first write makes it active.
+    #[serde(default)]
+    pub on_write: bool,
 }
 
 /// The directory: `/run/blkferry`, or `$XDG_RUNTIME_DIR/blkferry` without root, or `$BLKFERRY_RUN_DIR`.

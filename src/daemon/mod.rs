@@ -23,12 +23,13 @@ use std::time::Duration;
 
 use crossbeam::channel::{Receiver, RecvTimeoutError, Sender};
 
-use crate::cache::{MetadataError, OpenError, discard};
+use crate::cache::{CacheState, MetadataError, OpenError, default_metadata_path, discard, peek};
 use crate::control::{Claim, Detached, Entry, NameError, RunDir, RunDirError, Status, UblkEntry};
 use crate::device::{CommitThread, Core, FetchThread, FetchThreadError, Mode};
-use crate::export::HomeError;
+use crate::export::{HomeError, Record};
 use crate::frontend::{Frontend, FrontendError, ShapeError};
 use crate::nbd::{Address, Uri};
+use crate::remote::DialError;
 pub use crate::remote::OnLoss;
 use crate::ublk::{UblkError, prepare_process};
 use crate::uring::{BindError, UringError, require_io_uring};
@@ -64,6 +65,8 @@ pub struct DaemonOptions {
     pub block_bytes: Option<u64>,
     /// Go on although the live map of a killed daemon is gone.
     pub forget_unflushed: bool,
+    /// It was given away, and its source has the disk again.
+    pub no_source: bool,
     /// A block device instead of an NBD export.
     pub ublk: Option<UblkOptions>,
     /// Make a new cache of a block device although something is on it.
@@ -191,6 +194,20 @@ pub enum DaemonError {
         /// The source's epoch, if it tells one.
         now: String,
     },
+    /// It may not come back.
+    #[error(
+        "{0}. This cache was given away: if its disk has come home to that source, attach it with --no-source, so that \
+         what was written here can be fetched"
+    )]
+    SourceGone(#[source] DialError),
+    /// Absent blocks are there.
+    #[error("cache {0} was not given away: what is not in it is at its source only. Leave --no-source out")]
+    NeedsSource(PathBuf),
+    /// A cache, and not an image.
+    #[error(
+        "{0} is the cache of a device that is not complete, or was given away: what is in it is not the disk. Attach it,          and offer the device (`blkferry attach … --export`)"
+    )]
+    NoImage(PathBuf),
     /// Signals cannot be waited for.
     #[error(transparent)]
     Signal(#[from] SignalError),
@@ -290,6 +307,22 @@ fn abort_on_panic() {
     }));
 }
 
+/// Was it somebody's image before it was to be a cache?
+fn is_image(cache: &std::path::Path) -> bool {
+    Record::path_of(cache).exists()
+}
+
+/// A file that a device was made of and never completed holds zeros where its blocks should be, and one that was given
+/// away is somebody else's: neither is an image that can be served. One that has a record of who has it says so itself.
+pub fn refuse_cache(image: &std::path::Path) -> Result<(), DaemonError> {
+    match peek(&default_metadata_path(image))? {
+        Some(superblock) if superblock.state != CacheState::Complete && !is_image(image) => {
+            Err(DaemonError::NoImage(image.into()))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// How a daemon came to its end.
 enum End {
     /// Nothing is left of the device but its cache.
@@ -315,7 +348,16 @@ struct Daemon {
 impl Daemon {
     /// Without standby the disk is taken over at once; on failure all is as it was.
     fn take_over(self, options: &DaemonOptions) -> Result<Self, DaemonError> {
-        if options.standby.is_some() || self.hands.is_ours() {
+        if self.hands.is_ours() {
+            return match self.hands.finish_homecoming() {
+                Ok(()) => Ok(self),
+                Err(why) => {
+                    self.stop().unwrap_or_else(|e| log::warn!("{e}"));
+                    Err(DaemonError::Kept(why))
+                }
+            };
+        }
+        if options.standby.is_some() {
             return Ok(self);
         }
         match self.hands.activate(TAKE_PATIENCE) {
@@ -325,7 +367,8 @@ impl Daemon {
                 let (is_fresh, cache, metadata) = (self.is_fresh, self.entry.cache.clone(), self.metadata.clone());
                 self.stop().unwrap_or_else(|e| log::warn!("{e}"));
                 if is_fresh && undo == Some(Ok(())) {
-                    discard(&cache, &metadata).unwrap_or_else(|e| log::warn!("{}: {e}", metadata.display()));
+                    discard(&cache, &metadata, is_image(&cache))
+                        .unwrap_or_else(|e| log::warn!("{}: {e}", metadata.display()));
                 }
                 Err(DaemonError::Kept(why))
             }
@@ -374,10 +417,10 @@ impl Daemon {
                     }
                     let (cache, metadata) = (self.entry.cache.clone(), self.metadata.clone());
                     let result = self.stop();
-                    let gone = result
-                        .as_ref()
-                        .map_err(ToString::to_string)
-                        .and_then(|()| discard(&cache, &metadata).map_err(|e| format!("{}: {e}", metadata.display())));
+                    let gone = result.as_ref().map_err(ToString::to_string).and_then(|()| {
+                        let gone = discard(&cache, &metadata, is_image(&cache));
+                        gone.map_err(|e| format!("{}: {e}", metadata.display()))
+                    });
                     if let Some(claim) = claim.take() {
                         claim.release();
                     }

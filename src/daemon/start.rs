@@ -13,17 +13,18 @@ use super::handler::{DaemonHandler, DeviceFacts, Meters, Sides};
 use super::hands::{Hands, Landing, phase_of, right_of};
 use super::{Daemon, DaemonError, DaemonOptions, Standby, Wish, ublk};
 use crate::cache::{
-    Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Superblock, default_metadata_path,
-    peek,
+    Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Superblock, Whole,
+    default_metadata_path, peek,
 };
 use crate::control::{Claim, ControlServer, Entry, RunDir};
 use crate::device::{
-    CommitThread, Core, FetchThread, FetchThreadError, Gate, Hydration, MAX_FETCH_BYTES, SourceHello, SourceSide,
+    CommitThread, Core, FetchThread, FetchThreadError, Gate, Hydration, MAX_FETCH_BYTES, Mode, Phase, SourceHello,
+    SourceSide,
 };
 use crate::engine::{Engine, EngineConfig, Geometry};
-use crate::export::Home;
+use crate::export::{Home, HomeError, become_image, bell_of, check_home};
 use crate::frontend::{Frontend, NbdFrontend, Presentation, UblkFrontend, UblkShape, logical_bytes};
-use crate::handoff::Right;
+use crate::handoff::{Deed, Right};
 use crate::nbd::{Address, Standing};
 use crate::remote::{Expect, LossPolicy};
 use crate::server::ServeStats;
@@ -177,21 +178,26 @@ fn start_on(
     policy: &LossPolicy,
     door: Door,
 ) -> Result<Up, DaemonError> {
-    let known = peek(&places.metadata)?;
+    let mut known = peek(&places.metadata)?;
     let (fetch, hello) = open_source(options, known.as_ref(), policy)?;
+    let standing = hello.as_ref().and_then(|hello| hello.standing.as_ref());
+    if let (Some(cache), Some(standing)) = (&known, standing)
+        && becomes_image(places, run_dir, cache, standing)?
+    {
+        known = None;
+    }
     let facts = facts_of(options, known.as_ref(), hello.as_ref());
     let block_bytes = block_bytes(options, known.as_ref(), hello.as_ref())?;
     let logical = options.ublk.map_or(Ok(0), |ublk| {
         let unit = ublk.logical_bytes.unwrap_or_else(|| hello.as_ref().map_or(1, |h| h.min_read_bytes));
         logical_bytes(facts.size_bytes, unit)
     })?;
-    let standing = hello.as_ref().and_then(|hello| hello.standing.as_ref());
     let is_ours = known.as_ref().map(right_of) == Some(Right::Active);
     let gives_nothing = standing.is_none() && hello.as_ref().is_some_and(|hello| hello.sends_holes);
     if options.standby.is_some() && !is_ours && gives_nothing {
         return Err(DaemonError::NoHandoff(options.source.clone()));
     }
-    let home = home_of(&places.data, known.as_ref(), standing)?;
+    let home = home_of(&places.data, run_dir, known.as_ref(), standing)?;
     let cache = Cache::open(
         &CacheOptions {
             data: places.data.clone(),
@@ -201,7 +207,7 @@ fn start_on(
             forget_unflushed: options.forget_unflushed,
             overwrite: options.overwrite,
             standby: options.standby.is_some(),
-            home: home.is_some(),
+            home: home.is_some() && !is_ours,
         },
         &facts,
     )?;
@@ -219,8 +225,11 @@ fn start_on(
     let queues = 1 + if let Door::Ublk(device) = &door { usize::from(device.info().queues) } else { 1 };
     let on_write = options.standby == Some(Standby::OnWrite) && right_of(&superblock) == Right::Standby;
     let (bell, rung) = on_write.then(|| crossbeam::channel::bounded(1)).unzip();
-    let gate = Gate::new(phase_of(&superblock), queues, bell);
-    let hydration = Hydration::new(options.hydrate);
+    // Nobody reads or writes here before the disk is all home.
+    let phase = if home.is_some() { Phase::Standby } else { phase_of(&superblock) };
+    let gate = Gate::new(phase, queues, bell);
+    // What nobody wants any more is not fetched.
+    let hydration = Hydration::new(if superblock.released { Mode::Off } else { options.hydrate });
     let core = Arc::new(Core::new(engine, queues, fetch.mailbox(), commits, hydration, gate));
     let hands = Hands::new(options.name.clone(), core.clone(), fetch.source_side(), &superblock, standing);
     let hands = Arc::new(hands);
@@ -257,18 +266,43 @@ fn start_on(
     Ok(Up { core, frontend, fetch, commit, facts, meters, hands, is_fresh: known.is_none(), file, rung })
 }
 
-/// The cache, if it is an image that was given away and whose disk is to come home.
-fn home_of(data: &Path, known: Option<&Superblock>, standing: Option<&Standing>) -> Result<Option<Home>, DaemonError> {
+/// A cache that was given to the one who is the source now: if it is whole it becomes an image again, to which the disk
+/// can come home as to any other. False: it was not given to this source.
+fn becomes_image(
+    places: &Places,
+    run_dir: &RunDir,
+    cache: &Superblock,
+    source: &Standing,
+) -> Result<bool, DaemonError> {
+    let deed = Deed { disk: cache.uuid, epoch: cache.epoch, given_to: cache.given_to };
+    if cache.state != CacheState::Away || deed.given_to != Some(source.disk) {
+        return Ok(false);
+    }
+    check_home(&places.data, &deed, Some(source))?;
+    if !source.complete {
+        return Err(HomeError::Needed(places.data.clone()).into());
+    }
+    let whole = Whole::of(&places.data, &places.metadata, &run_dir.live_dir())?;
+    let whole = whole.ok_or_else(|| HomeError::Partial(places.data.clone()))?;
+    become_image(&places.data, deed)?;
+    whole.forget().map_err(|e| DaemonError::Io("the metadata of a cache that is an image again", e))?;
+    Ok(true)
+}
+
+/// The cache, if it is an image that was given away and whose disk is to come home, or has and is not all there.
+fn home_of(
+    data: &Path,
+    run_dir: &RunDir,
+    known: Option<&Superblock>,
+    standing: Option<&Standing>,
+) -> Result<Option<Home>, DaemonError> {
+    let Ok(bell) = bell_of(run_dir.path(), data) else { return Ok(None) };
     match known.map(right_of) {
-        None | Some(Right::Standby | Right::Declined) if data.exists() => Ok(Home::of(data, standing)?),
-        Some(Right::Active) if data.exists() => {
-            // It has come home, and death came before that was cleared up.
-            if let Some(mut home) = Home::left_behind(data, known.and_then(|known| known.gift).map(|gift| gift.disk))? {
-                home.open()?;
-            }
-            Ok(None)
+        None | Some(Right::Standby | Right::Declined) => Ok(Home::of(data, standing, bell)?),
+        Some(Right::Active) => {
+            let home = Home::left_behind(data, known.and_then(|known| known.gift).map(|gift| gift.disk), bell)?;
+            home.map(|mut home| home.lower().map(|()| home)).transpose().map_err(Into::into)
         }
-        _ => Ok(None),
     }
 }
 
@@ -293,19 +327,27 @@ fn expect(source: &SourceSide, superblock: &Superblock, hello: Option<&SourceHel
     Ok(())
 }
 
-/// Connects to the source; a complete cache goes on without one.
+/// Connects to the source; a complete cache goes on without one, and one that was given back to it, if so wished.
 fn open_source(
     options: &DaemonOptions,
     known: Option<&Superblock>,
     policy: &LossPolicy,
 ) -> Result<(FetchThread, Option<SourceHello>), DaemonError> {
-    let complete = known.is_some_and(|superblock| superblock.state == CacheState::Complete);
+    let state = known.map(|superblock| superblock.state);
+    let complete = state == Some(CacheState::Complete);
+    if options.no_source {
+        if state != Some(CacheState::Away) {
+            return Err(DaemonError::NeedsSource(options.cache.clone()));
+        }
+        return Ok(FetchThread::start(None, policy.clone())?);
+    }
     match FetchThread::start(Some(options.source.clone()), policy.clone()) {
         Ok(opened) => Ok(opened),
         Err(FetchThreadError::Dial(e)) if complete => {
             log::info!("the cache is complete, going on without its source ({e})");
             Ok(FetchThread::start(None, policy.clone())?)
         }
+        Err(FetchThreadError::Dial(e)) if state == Some(CacheState::Away) => Err(DaemonError::SourceGone(e)),
         Err(e) => Err(e.into()),
     }
 }
@@ -314,7 +356,7 @@ fn facts_of(options: &DaemonOptions, known: Option<&Superblock>, hello: Option<&
     let (size_bytes, identity) = match (hello, known) {
         (Some(hello), _) => (hello.size_bytes, hello.identity.clone()),
         (None, Some(known)) => (known.size_bytes, known.source_identity.clone()),
-        (None, None) => unreachable!("only a cache that is complete goes without a source"),
+        (None, None) => unreachable!("only a cache that is known goes without a source"),
     };
     let disk = hello.and_then(|hello| hello.standing.as_ref()).map(|standing| standing.disk);
     SourceFacts { uri: options.source.to_string(), size_bytes, identity, disk }

@@ -53,6 +53,7 @@ impl UblkOptions {
             hydrate: options.hydrate.to_string(),
             on_source_loss: options.on_source_loss.to_string(),
             ublksrv: self.ublksrv,
+            on_write: options.standby == Some(Standby::OnWrite),
         }
     }
 }
@@ -89,7 +90,7 @@ pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, Daemon
     let damaged = |what: String| DaemonError::Entry { name: name.clone(), what };
     Ok(DaemonOptions {
         // One that was in standby stays so.
-        standby: Some(Standby::Manual),
+        standby: Some(if ublk.on_write { Standby::OnWrite } else { Standby::Manual }),
         export: None,
         source: ublk.source.parse().map_err(|e| damaged(format!("{e}")))?,
         cache,
@@ -99,6 +100,7 @@ pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, Daemon
         socket: None,
         block_bytes: None,
         forget_unflushed: false,
+        no_source: false,
         overwrite: false,
         ublk: Some(UblkOptions {
             id: None,
@@ -140,4 +142,48 @@ pub(super) fn withdraw(ublk: &UblkEntry) {
 
 fn name_file(id: u32) -> PathBuf {
     Path::new(NAMES).join(id.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_takes_over_goes_on_as_it_was_wanted() {
+        let dir = tempfile::tempdir().unwrap();
+        let run_dir = RunDir::at(dir.path().into());
+        for (number, on_write) in [(0, true), (1, false)] {
+            let name = format!("d{number}");
+            let ublk = UblkEntry {
+                id: 7,
+                mark: 1,
+                source: "nbd://a/".into(),
+                metadata: "/m".into(),
+                hydrate: "off".into(),
+                on_source_loss: "fail-after:5s".into(),
+                ublksrv: true,
+                on_write,
+            };
+            let entry = Entry {
+                name: name.clone(),
+                pid: 1,
+                cache: "/c".into(),
+                control: "/s".into(),
+                uri: "/dev/ublkb7".into(),
+                ublk: Some(ublk),
+            };
+            let mut claim = run_dir.claim(&name).unwrap();
+            claim.publish(&entry).unwrap();
+            // Its daemon is dead.
+            drop(claim);
+            let options = recovery_of(&run_dir, &name).unwrap();
+            let wanted = if on_write { Standby::OnWrite } else { Standby::Manual };
+            assert_eq!(options.standby, Some(wanted));
+            assert_eq!(
+                (options.hydrate.to_string(), options.on_source_loss.to_string()),
+                ("off".into(), "fail-after:5s".into())
+            );
+            assert_eq!(options.ublk.unwrap().recover, Some((7, 1)));
+        }
+    }
 }

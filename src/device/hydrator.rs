@@ -12,8 +12,8 @@ use super::hydration::{HydrationState, Mode, Pacer};
 use crate::engine::{Action, Event};
 use crate::uring::{Lent, sleep};
 
-/// A small fetch counts as one of so many bytes: it is work, too.
-pub(super) const SMALL_FETCH_BYTES: u64 = 64 << 10;
+/// What a fetch counts for at least: of small ones there are so many more under way, but not without end.
+pub(super) const SMALL_FETCH_BYTES: u64 = 32 << 10;
 /// Pause after a failure, before it tries again.
 const RETRY_PAUSE: Duration = Duration::from_secs(2);
 

@@ -11,7 +11,7 @@ use super::core::Core;
 use crate::cache::Superblock;
 use crate::engine::{BlockRun, ByteRange, Errno, Extent, FetchId, IoId, Lane, OpId};
 use crate::nbd::{Ask, Told, Uri};
-use crate::remote::{Expect, HandOffError};
+use crate::remote::{Changed, Expect, HandOffError};
 use crate::uring::{FileIo, Part};
 
 /// What the commit thread is asked for.
@@ -71,7 +71,7 @@ pub(crate) enum FetchRequest {
     },
     /// What was written since the source's disk was made from its base.
     Changed {
-        answer: Sender<Result<Vec<(u64, bool)>, HandOffError>>,
+        answer: Sender<Result<Changed, HandOffError>>,
     },
     /// What the source has to be from now on.
     Expect {

@@ -9,18 +9,24 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
 use futures_channel::oneshot;
+use futures_util::FutureExt;
+use futures_util::future::{Either, select};
 
 use super::core::Core;
 use super::gate::{Pass, Phase};
 use super::hydration::Mode;
 use super::messages::{FetchRequest, QueueMessage};
 use crate::engine::{ByteRange, Errno, Event, Extent, OpId, OpKind};
-use crate::uring::{FileExtent, FileIo, Part, ZeroMode, spawn};
+use crate::uring::{FileExtent, FileIo, Part, ZeroMode, sleep, spawn};
 
 /// Piece in which a prefetch is asked for, so that a request for gigabytes stays bounded.
 const PREFETCH_PIECE_BYTES: u64 = 1 << 20;
+/// Where holes are is good to know, and nothing to wait for: a source that is lost may never come back, as one to which
+/// the disk has come home. Whoever is told of no holes reads zeros.
+const HOLES_PATIENCE: Duration = Duration::from_secs(2);
 /// Pieces of one prefetch under way at a time.
 const PREFETCH_PIECES: usize = 8;
 
@@ -183,7 +189,14 @@ impl Queue {
     async fn source_extents(&self, range: ByteRange) -> Vec<FileExtent> {
         let (sender, answer) = oneshot::channel();
         self.core.fetcher.send(FetchRequest::Extents { range, answer: sender });
-        let told: Vec<Extent> = answer.await.unwrap_or_default();
+        let told: Vec<Extent> = if self.core.health.lost().is_some() {
+            Vec::new()
+        } else {
+            match select(answer, sleep(HOLES_PATIENCE).boxed_local()).await {
+                Either::Left((told, _)) => told.unwrap_or_default(),
+                Either::Right(_) => Vec::new(),
+            }
+        };
         let mut left = range.len();
         let mut extents = Vec::new();
         for extent in told {

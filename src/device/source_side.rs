@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::messages::FetchRequest;
 use crate::nbd::{Ask, Told};
-use crate::remote::{Expect, HandOffError};
+use crate::remote::{Changed, Expect, HandOffError};
 use crate::uring::Mailbox;
 
 /// The source, for other threads: blocking calls.
@@ -33,7 +33,7 @@ impl SourceSide {
     }
 
     /// What was written since the source's disk was made from its base.
-    pub fn changed(&self, patience: Duration) -> Result<Vec<(u64, bool)>, HandOffError> {
+    pub fn changed(&self, patience: Duration) -> Result<Changed, HandOffError> {
         let (answer, changed) = crossbeam::channel::bounded(1);
         self.mailbox.send(FetchRequest::Changed { answer });
         changed.recv_timeout(patience).unwrap_or(Err(HandOffError::Lost))

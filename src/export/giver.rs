@@ -124,10 +124,15 @@ impl Giver {
         self.record.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
+    /// Who has the disk.
+    pub(super) fn deed(&self) -> Deed {
+        self.record().deed
+    }
+
     /// How the disk stands.
     pub fn standing(&self) -> Standing {
         let Deed { disk, epoch, given_to } = self.record().deed;
-        Standing { version: HANDOFF_VERSION, disk, epoch, given_to, base: None }
+        Standing { version: HANDOFF_VERSION, disk, epoch, given_to, base: None, complete: true }
     }
 
     /// Does what is asked, on a thread of its own: it may wait for writers and for the disk.

@@ -5,6 +5,7 @@
 //! written by nobody until it is given back.
 
 mod disk;
+mod doorbell;
 mod fence;
 mod giver;
 mod home;
@@ -12,7 +13,8 @@ mod image;
 mod record;
 
 pub use disk::ExportDisk;
+pub use doorbell::{bell_of, hear};
 pub use giver::{Giver, GiverError, Reclaimed, reclaim};
-pub use home::{Home, HomeError};
+pub use home::{Home, HomeError, become_image, check_home};
 pub use image::{Image, ImageError};
 pub use record::{Record, RecordError};

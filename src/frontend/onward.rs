@@ -12,6 +12,7 @@ use futures_channel::oneshot;
 use super::FrontendError;
 use crate::device::{Core, Queue};
 use crate::engine::{BlockRun, ByteRange, Errno};
+use crate::handoff::differs_from_base;
 use crate::nbd::{Ask, DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, Standing, Told, TransmissionFlags};
 use crate::server::{Disk, DiskExtent, ServeStats, Server, hash_by_reading, without_zeros};
 use crate::uring::{FileIo, Listener, Mailbox, Part, Reactor, spawn};
@@ -194,11 +195,23 @@ impl Disk for OnwardDisk {
     async fn changed(&self, range: ByteRange, max: usize) -> Result<Vec<(u64, bool)>, NbdError> {
         let (maps, geometry) = (self.queue.core().maps(), self.queue.core().geometry());
         let blocks = geometry.covering(range);
-        let mut stretches = Vec::new();
+        let mut stretches: Vec<(u64, bool)> = Vec::new();
         let mut at = blocks.start;
-        while at < blocks.end && stretches.len() < max {
-            let (dirty, end) = maps.dirty_stretch(at, blocks.end);
-            stretches.push((range.clip(geometry.bytes_of(BlockRun::new(at, end))).len(), dirty));
+        while at < blocks.end {
+            let ((dirty, end), present) = (maps.dirty_stretch(at, blocks.end), maps.is_present(at));
+            let end = match (dirty, present) {
+                (false, _) => end,
+                (true, true) => maps.present_until(at, end),
+                (true, false) => maps.absent_until(at, end),
+            };
+            let (len, differs) =
+                (range.clip(geometry.bytes_of(BlockRun::new(at, end))).len(), differs_from_base(present, dirty));
+            let is_full = stretches.len() == max;
+            match stretches.last_mut() {
+                Some((before, same)) if *same == differs => *before += len,
+                _ if is_full => break,
+                _ => stretches.push((len, differs)),
+            }
             at = end;
         }
         Ok(stretches)

@@ -22,7 +22,9 @@
 //! `tests/interleave` walks through every interleaving of two sides that run this very code.
 
 mod deed;
+mod home;
 mod taker;
 
 pub use deed::{Deed, Move};
+pub use home::{Doubt, differs_from_base};
 pub use taker::{Right, Step, Taker};

@@ -27,10 +27,13 @@ pub struct Standing {
     /// What it was made from, if the difference is known.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub base: Option<Base>,
+    /// Is all of it here, so that nobody else is needed?
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub complete: bool,
 }
 
 /// The disk that another one was made from, and of which it holds what was not written since.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub struct Base {
     /// The disk.
     pub disk: Uuid,

@@ -23,7 +23,7 @@ mod stats;
 pub use dial::DialError;
 pub use policy::{LossPolicy, OnLoss, OnLossError};
 pub use read::FetchedData;
-pub use source::{Expect, HandOffError, Lost, Source, SourceEvents};
+pub use source::{Changed, Expect, HandOffError, Lost, Source, SourceEvents};
 pub use stats::SourceStats;
 
 use std::time::Duration;

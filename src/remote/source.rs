@@ -17,13 +17,15 @@ use super::policy::{LossPolicy, OnLoss};
 use super::read::FetchedData;
 use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent, FetchError, Lane};
-use crate::nbd::{Ask, Standing, Told, TransmissionFlags, Uri};
+use crate::nbd::{Ask, Base, Standing, Told, TransmissionFlags, Uri};
 use crate::uring::{Task, sleep, spawn};
 
 /// How long the source may take to hear that it is not needed any more.
 const DONE_PATIENCE: Duration = Duration::from_secs(2);
 /// Longest range that is asked about at once: what was written there.
 const CHANGED_BYTES: u64 = 2 << 30;
+/// So many of these questions are under way.
+const CHANGED_AT_ONCE: usize = 64;
 
 /// Why a step of a handoff was not answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -82,6 +84,15 @@ pub(super) struct Shared {
     pub(super) policy: LossPolicy,
     /// Nobody wants links any more.
     pub(super) hung_up: Cell<bool>,
+}
+
+/// What was written at a source.
+#[derive(Clone, Debug)]
+pub struct Changed {
+    /// Since it was made from this; `None`: it does not know.
+    pub base: Option<Base>,
+    /// Lengths from the start of the disk on, with "written".
+    pub stretches: Vec<(u64, bool)>,
 }
 
 /// What a source must be when it comes back after a loss.
@@ -325,19 +336,32 @@ impl Source {
         }
     }
 
-    /// What was written since the source's disk was made from its base: all of it, as lengths from the start on.
-    pub async fn changed(&self) -> Result<Vec<(u64, bool)>, HandOffError> {
-        let mut all: Vec<(u64, bool)> = Vec::new();
-        let mut at = 0;
-        while at < self.size_bytes() {
+    /// What was written since the source's disk was made from its base. The guest waits for this, and a large disk is many
+    /// questions: they are asked together.
+    pub async fn changed(&self) -> Result<Changed, HandOffError> {
+        let starts: Vec<u64> = (0..self.size_bytes()).step_by(CHANGED_BYTES as usize).collect();
+        let mut stretches = Vec::new();
+        for together in starts.chunks(CHANGED_AT_ONCE) {
+            let piece = |&start: &u64| ByteRange { start, end: self.size_bytes().min(start + CHANGED_BYTES) };
+            let told = try_join_all(together.iter().map(|start| self.changed_in(piece(start)))).await?;
+            stretches.extend(told.into_iter().flatten());
+        }
+        // As the connection said that was made last: the source may have died since we first heard of it, and know less.
+        Ok(Changed { base: self.standing().and_then(|standing| standing.base), stretches })
+    }
+
+    /// The same of a range; an answer may be short of its end.
+    async fn changed_in(&self, range: ByteRange) -> Result<Vec<(u64, bool)>, HandOffError> {
+        let mut all = Vec::new();
+        let mut at = range.start;
+        while at < range.end {
             let Some(link) = self.shared.pick(Lane::Demand) else { return Err(HandOffError::Lost) };
-            let end = self.size_bytes().min(at + CHANGED_BYTES);
-            let told = link.changed(ByteRange { start: at, end }).await.map_err(|error| match error {
+            let told = link.changed(ByteRange { start: at, end: range.end }).await.map_err(|error| match error {
                 LinkError::Lost => HandOffError::Lost,
                 LinkError::Refused(errno) => HandOffError::Refused(errno),
             })?;
             let told_bytes: u64 = told.iter().map(|(len, _)| len).sum();
-            if told_bytes == 0 || told_bytes > end - at {
+            if told_bytes == 0 || told_bytes > range.end - at {
                 return Err(HandOffError::Refused(Errno::EIO));
             }
             at += told_bytes;

@@ -33,6 +33,7 @@ pub fn superblock() -> Superblock {
         gift: None,
         floor: 0,
         given_to: None,
+        released: false,
     }
 }
 

@@ -3,6 +3,8 @@
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use blkferry::control::RunDir;
+use blkferry::nbd::{Command, CommandFlags};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
@@ -123,4 +125,247 @@ fn a_disk_does_not_come_home_to_a_stranger() {
     assert!(std::fs::read(&whole).unwrap() == wanted);
     assert_same(&whole, &world.path("b.raw"));
     assert!(std::fs::metadata(&whole).unwrap().blocks() > 0);
+}
+
+/// Where a device is offered to the next host.
+fn offer(device: &Device<'_>) -> String {
+    device.set(&format!("export=unix:{}", device.world.path(&format!("{}.onward", device.name)).display()));
+    device.status()["handoff"]["export"].as_str().unwrap().to_owned()
+}
+
+fn data_bytes(device: &Device<'_>) -> u64 {
+    device.status()["wire"]["data_bytes"].as_u64().unwrap()
+}
+
+/// Writes blocks that hold nothing but this number.
+fn write_blocks(client: &mut Client, wanted: &mut [u8], blocks: std::ops::Range<u64>, with: u8) {
+    for block in blocks {
+        client.write(block * 4096, &[with; 4096]);
+        wanted[block as usize * 4096..][..4096].fill(with);
+    }
+    client.flush();
+}
+
+/// A → B → A → B → A: each time only what was written on the other side crosses.
+#[test]
+fn lap_after_lap_only_what_was_written_crosses() {
+    let world = World::new();
+    let (image, cache) = (world.path("a.raw"), world.path("b.raw"));
+    let (_loosened, _cache_loosened) = (Loosened(&image), Loosened(&cache));
+    let Out { mut b, at_b, mut uri, mut wanted } = go_out(&world, &image);
+    drop(at_b);
+    let (mut here, mut there) = (image.clone(), cache.clone());
+    for (lap, name) in ["a2", "b2", "a3"].into_iter().enumerate() {
+        // The way that the blocks of the lap before took is known from the last one: seven, or what the lap wrote.
+        let device = world.attach(&uri, &here, name, &["--standby"]);
+        activate(&device).unwrap();
+        device.wait_complete();
+        let crossed = data_bytes(&device);
+        assert_eq!(crossed, if lap == 0 { 6 * 4096 } else { (10 + lap as u64) * 4096 }, "{name}");
+        b.wait_for(|status| status["handoff"]["released"] == true);
+        b.detach();
+        let mut client = Client::connect(&device.uri);
+        write_blocks(&mut client, &mut wanted, 200 * lap as u64..200 * lap as u64 + 11 + lap as u64, 0x51 + lap as u8);
+        assert!(client.read(0, SIZE as u32) == wanted, "{name}");
+        drop(client);
+        uri = offer(&device);
+        b = device;
+        std::mem::swap(&mut here, &mut there);
+    }
+    b.detach();
+    assert!(std::fs::read(&there).unwrap() == wanted);
+}
+
+/// B has fetched next to nothing: what it lacks is at A all the while, and does not cross at all.
+#[test]
+fn an_incomplete_device_gives_back_what_was_written_and_nothing_else() {
+    let world = World::new();
+    let image = world.path("a.raw");
+    let _loosened = Loosened(&image);
+    make_image(&image, SIZE, &[(0, SIZE)]);
+    let mut wanted = noise(0xfe44, SIZE as usize);
+    let mut export = hand_out(&world, &image);
+    let b = world.attach(&export.uri, &world.path("b.raw"), "b", &["--hydrate", "off"]);
+    let mut at_b = Client::connect(&b.uri);
+    write_blocks(&mut at_b, &mut wanted, 10..30, 7);
+    // A part of a block, which fetches it; and one that is read.
+    at_b.write(100 * 4096 + 7, &[9; 100]);
+    wanted[100 * 4096 + 7..][..100].fill(9);
+    at_b.perform(Command::WriteZeroes, CommandFlags::empty(), 300 * 4096, 8 * 4096).unwrap();
+    wanted[300 * 4096..][..8 * 4096].fill(0);
+    at_b.flush();
+    assert_eq!(at_b.read(1000 * 4096, 4096), wanted[1000 * 4096..][..4096]);
+    let out = data_bytes(&b);
+    assert_eq!(out, 2 * 4096);
+
+    let a = world.attach(&offer(&b), &image, "a", &["--standby"]);
+    let mut at_a = Client::connect(&a.uri);
+    // What neither has is fetched through both, while the machine still runs at B.
+    assert_eq!(at_a.read(2000 * 4096, 4096), wanted[2000 * 4096..][..4096]);
+    write_blocks(&mut at_b, &mut wanted, 40..41, 8);
+    activate(&a).unwrap();
+    // The export has been asked to leave, and did so in order.
+    assert!(export.child.wait().unwrap().success());
+    assert!(at_a.read(0, SIZE as u32) == wanted);
+    write_blocks(&mut at_a, &mut wanted, 2000..2010, 3);
+    a.wait_complete();
+    // 20 + 1 + 1 blocks; trimmed ones cross as holes; one was read in standby.
+    assert_eq!(data_bytes(&a), (22 + 1) * 4096);
+    assert_eq!(data_bytes(&b), out + 4096, "nothing else was fetched there");
+    assert!(!world.path("a.raw.handoff").exists());
+    b.wait_for(|status| status["handoff"]["released"] == true);
+    drop((at_a, at_b));
+    a.detach();
+    b.detach();
+    assert!(std::fs::read(&image).unwrap() == wanted);
+    assert!(can_be_written(&image));
+}
+
+/// More than one question fits into: what was written is asked for piece by piece.
+#[test]
+fn a_large_disk_comes_home_in_pieces() {
+    const LARGE: u64 = 5 << 30;
+    let world = World::new();
+    let image = world.path("a.raw");
+    let _loosened = Loosened(&image);
+    make_image(&image, LARGE, &[(LARGE - (1 << 20), 1 << 20)]);
+    let export = hand_out(&world, &image);
+    let b = world.attach(&export.uri, &world.path("b.raw"), "b", &["--hydrate", "off"]);
+    let mut at_b = Client::connect(&b.uri);
+    let places = [0, (2 << 30) - 4096, 2 << 30, (4 << 30) + 8192, LARGE - 4096];
+    for (number, at) in places.into_iter().enumerate() {
+        at_b.write(at, &[number as u8 + 1; 4096]);
+    }
+    let a = world.attach(&offer(&b), &image, "a", &["--standby"]);
+    activate(&a).unwrap();
+    a.wait_complete();
+    assert_eq!(data_bytes(&a), places.len() as u64 * 4096);
+    let mut at_a = Client::connect(&a.uri);
+    for (number, at) in places.into_iter().enumerate() {
+        assert_eq!(at_a.read(at, 4096), [number as u8 + 1; 4096]);
+    }
+    let untouched = at_a.read(LARGE - 8192, 4096);
+    assert!(untouched.iter().any(|byte| *byte != 0));
+}
+
+/// It is on record at A that the disk is here again, and nothing more is done when the daemon dies: as in a power cut, which
+/// also takes the live map. What A has kept is known from B again, which could not get it anywhere else.
+#[test]
+fn a_power_cut_on_the_doorstep_loses_nothing() {
+    let world = World::new();
+    let image = world.path("a.raw");
+    let _loosened = Loosened(&image);
+    make_image(&image, SIZE, &[(0, SIZE)]);
+    let mut wanted = noise(0xfe44, SIZE as usize);
+    let export = hand_out(&world, &image);
+    let b = world.attach(&export.uri, &world.path("b.raw"), "b", &["--hydrate", "off"]);
+    let mut at_b = Client::connect(&b.uri);
+    write_blocks(&mut at_b, &mut wanted, 10..30, 7);
+    let uri = offer(&b);
+    let a = world.attach(&uri, &image, "a", &["--standby", "--hydrate", "off"]);
+    let record = world.path("a.raw.handoff");
+    let kept = std::fs::read(&record).unwrap();
+    let metadata_in_standby = std::fs::read(world.path("a.raw.ferry")).unwrap();
+    activate(&a).unwrap();
+    let disk = a.status()["handoff"]["disk"].as_str().unwrap().to_owned();
+    kill(a.pid, Signal::SIGKILL);
+    // The superblock as it is, the map pages as they were: nothing that came after the record.
+    let metadata = world.path("a.raw.ferry");
+    let mut now = std::fs::read(&metadata).unwrap();
+    now[8192..].copy_from_slice(&metadata_in_standby[8192..]);
+    std::fs::write(&metadata, now).unwrap();
+    std::fs::write(&record, kept).unwrap();
+    let live = RunDir::at(world.run_dir()).live_dir().join(format!("{disk}.live"));
+    std::fs::remove_file(live).unwrap();
+    drop(export);
+    let a = world.attach(&uri, &image, "a", &["--forget-unflushed"]);
+    assert!(!record.exists());
+    let mut at_a = Client::connect(&a.uri);
+    assert!(at_a.read(0, SIZE as u32) == wanted);
+    drop(at_a);
+    a.wait_complete();
+    a.detach();
+    assert!(std::fs::read(&image).unwrap() == wanted);
+}
+
+/// B dies when A has the disk again, and what was written at B has not crossed: B's own source is gone for good.
+#[test]
+fn a_device_that_gave_the_disk_back_needs_no_source() {
+    let world = World::new();
+    let image = world.path("a.raw");
+    let _loosened = Loosened(&image);
+    make_image(&image, SIZE, &[(0, SIZE)]);
+    let mut wanted = noise(0xfe44, SIZE as usize);
+    let export = hand_out(&world, &image);
+    let cache = world.path("b.raw");
+    let b = world.attach(&export.uri, &cache, "b", &["--hydrate", "off"]);
+    write_blocks(&mut Client::connect(&b.uri), &mut wanted, 10..30, 7);
+    let refused = world.refused(["attach", &export.uri, world.path("x").to_str().unwrap(), "--no-source"]);
+    assert!(refused.contains("was not given away"), "{refused}");
+    let a = world.attach(&offer(&b), &image, "a", &["--standby", "--hydrate", "off"]);
+    activate(&a).unwrap();
+    b.kill_daemon();
+    let refused = world.refused(["attach", &export.uri, cache.to_str().unwrap(), "--name", "b"]);
+    assert!(refused.contains("--no-source"), "{refused}");
+    let b = world.attach(&export.uri, &cache, "b", &["--no-source"]);
+    assert_eq!(b.status()["state"], "away");
+    offer(&b);
+    a.set("hydrate=auto");
+    a.wait_complete();
+    assert_eq!(data_bytes(&a), 20 * 4096);
+    b.wait_for(|status| status["handoff"]["released"] == true);
+    b.detach();
+    a.detach();
+    assert!(std::fs::read(&image).unwrap() == wanted);
+}
+
+/// Called off after the export has left: B has the disk again, and finds its source when that is served again.
+#[test]
+fn called_off_at_the_door_the_disk_goes_on_where_it_was() {
+    let world = World::new();
+    let image = world.path("a.raw");
+    let _loosened = Loosened(&image);
+    // Nothing but holes: no abort may take it for an empty cache.
+    make_image(&image, SIZE, &[]);
+    let export = hand_out(&world, &image);
+    let b = world.attach(&export.uri, &world.path("b.raw"), "b", &["--hydrate", "off"]);
+    let mut at_b = Client::connect(&b.uri);
+    at_b.write(0, &[1; 4096]);
+    let a = world.attach(&offer(&b), &image, "a", &["--standby"]);
+    control(&a, &json!({ "do": "take", "wait_ms": 0 })).unwrap();
+    assert_eq!(b.status()["state"], "away");
+    control(&a, &json!({ "do": "abort" })).unwrap();
+    assert_eq!(b.status()["state"], "active");
+    at_b.write(4096, &[2; 4096]);
+    assert_eq!(at_b.read(8192, 4096), [0; 4096]);
+    assert!(image.exists(), "somebody's image is not removed");
+    assert!(!can_be_written(&image));
+}
+
+/// What is not whole, or not given to the one who offers it, is no home.
+#[test]
+fn a_cache_that_is_not_whole_is_no_home() {
+    let world = World::new();
+    let image = world.path("a.raw");
+    make_image(&image, SIZE, &[(0, SIZE)]);
+    let export = world.export(&image);
+    let b = world.attach(&export.uri, &world.path("b.raw"), "b", &["--hydrate", "off"]);
+    let c = world.attach(&offer(&b), &world.path("c.raw"), "c", &["--hydrate", "off"]);
+    let to_c = offer(&c);
+    kill(b.pid, Signal::SIGKILL);
+    let refused = world.refused(["export", world.path("b.raw").to_str().unwrap(), "--listen", "127.0.0.1:0"]);
+    assert!(refused.contains("is the cache of a device that is not complete"), "{refused}");
+    let refused = world.refused(["attach", &to_c, world.path("b.raw").to_str().unwrap(), "--name", "b", "--standby"]);
+    assert!(refused.contains("still needs what is here"), "{refused}");
+    let b = world.attach(&export.uri, &world.path("b.raw"), "b", &["--hydrate", "off"]);
+    offer(&b);
+    c.set("hydrate=auto");
+    c.wait_complete();
+    b.wait_for(|status| status["handoff"]["released"] == true);
+    // Who comes after it knows that, too.
+    kill(b.pid, Signal::SIGKILL);
+    let b = world.attach(&export.uri, &world.path("b.raw"), "b", &[]);
+    let status = b.status();
+    assert_eq!((&status["handoff"]["released"], &status["source_needed"]), (&json!(true), &json!(false)));
+    b.detach();
 }

@@ -3,6 +3,7 @@
 #![allow(clippy::unwrap_used, missing_docs)]
 
 mod explore;
+mod laps;
 mod world;
 
 use explore::{Explored, explore};
@@ -50,5 +51,27 @@ fn every_planted_flaw_is_found() {
     for flaw in Flaw::ALL {
         let trace = check(Kind::Image, 1, Some(flaw), FLAWED).err().unwrap_or_else(|| panic!("{flaw:?} was not found"));
         println!("{flaw:?}:\n{trace}\n");
+    }
+}
+
+/// Three changes of hands, and one that is called off: deep enough for what was planted, too.
+const LAPS: laps::Bounds = laps::Bounds { writes: 2, epoch: 5 };
+
+#[test]
+fn a_disk_that_goes_to_and_fro_is_whole_whatever_happens() {
+    match explore(laps::Laps::new(None, LAPS)) {
+        Ok(Explored { states, steps }) => {
+            println!("laps, {LAPS:?}: {states} states, {steps} steps");
+            assert!(states > 1000, "an exploration of {states} states has not seen much");
+        }
+        Err(trace) => panic!("{trace}"),
+    }
+}
+
+#[test]
+fn every_flaw_planted_in_the_way_back_is_found() {
+    for flaw in laps::Flaw::ALL {
+        let found = explore(laps::Laps::new(Some(flaw), LAPS)).err();
+        println!("{flaw:?}:\n{}\n", found.unwrap_or_else(|| panic!("{flaw:?} was not found")));
     }
 }

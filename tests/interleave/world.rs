@@ -396,7 +396,7 @@ impl World {
     /// A handshake tells how the disk stands.
     fn start_destination(&mut self, index: usize) {
         let Deed { disk, epoch, given_to } = self.source.deed;
-        let standing = Standing { version: HANDOFF_VERSION, disk, epoch, given_to, base: None };
+        let standing = Standing { version: HANDOFF_VERSION, disk, epoch, given_to, base: None, complete: true };
         let taker = self.taker(index).seen(&standing);
         let me = &mut self.destinations[index];
         me.up = true;

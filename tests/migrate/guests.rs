@@ -8,7 +8,7 @@ use blkferry::migrate::{Driver, Memory, Outcome, Real, Watcher};
 use serde_json::Value;
 
 use crate::common::tool_output;
-use crate::site::{LIMITS, NAME, Qemu, Site, data_of, poll};
+use crate::site::{LIMITS, NAME, Qemu, Silence, Site, data_of, poll};
 
 fn migrate(site: &Site) -> Value {
     let said = site.world.ok(site.command(&["--json"]));
@@ -26,6 +26,7 @@ fn move_it(size: &str) {
     let checked = site.world.ok(site.command(&["--dry-run"]));
     assert!(checked.contains("all fits"), "{checked}");
     let before = data_bytes(&site);
+    let silence = Silence::between(&site.a, &site.b);
     let report = migrate(&site);
     println!("{size}: {report:#}");
     assert_eq!(report["outcome"], "moved");
@@ -35,6 +36,9 @@ fn move_it(size: &str) {
     // The guest is here, and it is here only.
     assert!(site.b.runs());
     site.b.wait_stamps(10);
+    let (gap, downtime) = (silence.end(), &report["downtime_ms"]);
+    println!("{size}: no stamp for {} ms by the clock; the guest stood still for {downtime} ms", gap.as_millis());
+    println!("{size}: of that, {} ms by QEMU's own account", report["downtime_by_qemu_ms"]);
     assert!(!site.a.runs());
     let refused = site.a.ask("cont");
     assert!(refused.is_err() && !site.a.runs(), "it must not run at the source any more: {refused:?}");
@@ -74,7 +78,7 @@ fn a_large_disk_moves_as_fast() {
 /// Ends the driver before or after a step, once.
 struct EndAt(&'static str, bool);
 
-fn is_step(step: &Step, name: &str) -> bool {
+pub fn is_step(step: &Step, name: &str) -> bool {
     format!("{step:?}").split('(').next() == Some(name)
 }
 
@@ -284,4 +288,31 @@ fn a_destination_that_dies_after_the_point_of_no_return_is_started_there() {
     let b = Qemu::start(&site.world, "b2", &drive, &[]);
     b.wait_stamps(3);
     site.a.kill();
+}
+
+/// Of two disks one cannot be had: the other is not kept, and both come once it can.
+#[test]
+fn two_disks_change_hands_together_or_not_at_all() {
+    let mut site = Site::with("256M", "", &["disk1"]);
+    site.a.wait_stamps(5);
+    assert_eq!(drive(&site, &mut EndAt("Take", false)), Outcome::Abandoned);
+    site.others[0].export = None;
+    let outcome = drive(&site, &mut ());
+    println!("{outcome:?}");
+    assert!(!matches!(outcome, Outcome::Moved | Outcome::Abandoned), "{outcome:?}");
+    assert_eq!([site.status(), site.status_of("disk1")].map(|status| status["state"].clone()), ["standby", "standby"]);
+    site.restart_other(0);
+    let was_stuck = matches!(outcome, Outcome::Stuck(_));
+    let outcome = if was_stuck { drive(&site, &mut ()) } else { outcome };
+    println!("{outcome:?}");
+    let states = [site.status(), site.status_of("disk1")].map(|status| status["state"].clone());
+    if site.b.runs() {
+        assert!(!site.a.runs());
+        assert_eq!(states, ["active", "active"]);
+    } else {
+        assert!(site.a.runs(), "it runs on one side: {outcome:?}");
+        assert_eq!(states, ["standby", "standby"]);
+    }
+    let here = if site.a.runs() { &site.a } else { &site.b };
+    here.wait_stamps(3);
 }

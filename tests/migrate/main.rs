@@ -9,3 +9,4 @@ mod faults;
 mod guests;
 mod sim;
 mod site;
+mod sweep;

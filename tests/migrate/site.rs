@@ -3,10 +3,14 @@
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, Write};
+use std::iter;
 use std::net::TcpListener;
 use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use blkferry::control::RunDir;
@@ -15,13 +19,15 @@ use blkferry::qmp::{Address, Qmp};
 use nix::unistd::{Whence, lseek};
 use serde_json::{Value, json};
 
-use crate::common::{BLKFERRY, Export, World, kill, tool};
+use crate::common::{BLKFERRY, Export, World, kill, make_image, tool};
 
 /// Where the guest's ext4 file system begins: behind 1 MiB and 32 MiB of boot partition.
 pub const ROOT_OFFSET: u64 = 33 << 20;
 /// Emulated machines on a busy host: nothing here is a matter of seconds.
 const PATIENCE: Duration = Duration::from_secs(300);
 pub const LIMITS: Limits = Limits { memory: Some(PATIENCE), switchover: Duration::from_secs(120) };
+/// After so long without a stamp a guest has lost its disk.
+const LOST_DISK: Duration = Duration::from_secs(60);
 pub const NAME: &str = "web";
 
 /// Waits for something that must come.
@@ -69,9 +75,18 @@ impl Qemu {
 
     /// What its guest said that it wrote: number and time of each stamp.
     pub fn stamps(&self) -> Vec<(u64, u64)> {
-        let text = std::fs::read(&self.console).unwrap_or_default();
-        let text = String::from_utf8_lossy(&text).into_owned();
+        let text = self.text();
         assert!(!text.contains("FERRY-WRITER-BAD") && !text.contains("I/O error"), "{text}");
+        self.told()
+    }
+
+    fn text(&self) -> String {
+        String::from_utf8_lossy(&std::fs::read(&self.console).unwrap_or_default()).into_owned()
+    }
+
+    /// The same of a guest that may have lost its disk after that.
+    fn told(&self) -> Vec<(u64, u64)> {
+        let text = self.text();
         // The last line may be half a line.
         let whole = text.rfind('\n').map_or("", |end| &text[..end]);
         let stamps = whole.lines().filter_map(|line| line.trim().strip_prefix("FERRY-STAMP "));
@@ -79,6 +94,23 @@ impl Qemu {
             .filter_map(|words| words.split_once(' '))
             .map(|(n, at)| (n.parse().unwrap(), at.parse().unwrap()))
             .collect()
+    }
+
+    /// Does its guest go on writing? It may have lost its disk.
+    pub fn writes_on(&self) -> bool {
+        let before = self.told().len();
+        let started = Instant::now();
+        while started.elapsed() < LOST_DISK {
+            let text = self.text();
+            if text.contains("FERRY-WRITER-BAD") || text.contains("I/O error") {
+                return false;
+            }
+            if self.told().len() >= before + 2 {
+                return true;
+            }
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        false
     }
 
     /// Waits until its guest has written so many more.
@@ -96,6 +128,39 @@ impl Qemu {
 impl Drop for Qemu {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// Looks when the guest's console was written to last at the one host, and first at the other: how long its writer was not
+/// heard of, by this host's clock.
+pub struct Silence {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Duration>,
+}
+
+impl Silence {
+    pub fn between(a: &Qemu, b: &Qemu) -> Self {
+        let stop = Arc::new(AtomicBool::new(false));
+        let (stopped, a, b) = (stop.clone(), a.console.clone(), b.console.clone());
+        let len = |console: &Path| std::fs::metadata(console).map_or(0, |meta| meta.len());
+        let look = move || {
+            let mut last = (len(&a), Instant::now());
+            while len(&b) == 0 && !stopped.load(Ordering::Relaxed) {
+                let now = len(&a);
+                if now != last.0 {
+                    last = (now, Instant::now());
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            last.1.elapsed()
+        };
+        Self { stop, thread: std::thread::spawn(look) }
+    }
+
+    /// From the last word there to the first one here, which has to have come.
+    pub fn end(self) -> Duration {
+        self.stop.store(true, Ordering::Relaxed);
+        self.thread.join().unwrap()
     }
 }
 
@@ -134,6 +199,15 @@ impl Link {
 }
 
 impl Link {
+    /// Nothing gets through until [`Link::thaw`], and no connection breaks.
+    pub fn freeze(&self) {
+        kill(self.child.id() as i32, nix::sys::signal::Signal::SIGSTOP);
+    }
+
+    pub fn thaw(&self) {
+        kill(self.child.id() as i32, nix::sys::signal::Signal::SIGCONT);
+    }
+
     /// Nobody gets through any more.
     pub fn cut(&mut self) {
         let _ = self.child.kill();
@@ -147,6 +221,14 @@ impl Drop for Link {
     }
 }
 
+/// A disk that the guest has and does not use; no link between its export and its device.
+pub struct Other {
+    pub name: String,
+    pub export: Option<Export>,
+    image: PathBuf,
+    port: u16,
+}
+
 /// Everything that it takes for a move.
 pub struct Site {
     pub a: Qemu,
@@ -157,7 +239,8 @@ pub struct Site {
     listen: String,
     pub image: PathBuf,
     pub cache: PathBuf,
-    memory: Link,
+    pub others: Vec<Other>,
+    pub memory: Link,
     export_port: u16,
     pub world: World,
 }
@@ -169,22 +252,46 @@ fn free_port() -> u16 {
 impl Site {
     /// `size`: of the disk; `drive`: more about the source's drive, such as `file.locking=off`.
     pub fn new(size: &str, drive: &str) -> Self {
+        Self::with(size, drive, &[])
+    }
+
+    /// Every further disk is a drive `diskN` in both machines, and a device of that name.
+    pub fn with(size: &str, drive: &str, further: &[&str]) -> Self {
         let world = World::new();
         let (image, cache) = (world.path("guest.raw"), world.path("cache.raw"));
         let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("scripts/guest-image");
         tool(script.to_str().unwrap(), ["--writer", "--size", size, image.to_str().unwrap()]);
-        let a = Qemu::start(&world, "a", &format!("file.driver=file,file.filename={}{drive}", image.display()), &[]);
+        let mut others = Vec::new();
+        let (mut drives_a, mut drives_b) = (Vec::new(), vec!["-incoming".into(), "defer".into(), "-S".into()]);
+        for &name in further {
+            let (disk, port) = (world.path(&format!("{name}.raw")), free_port());
+            make_image(&disk, 8 << 20, &[(0, 1 << 20)]);
+            let drive = |file| format!("id={name},{file},format=raw,if=none,cache=writeback");
+            let device = format!("virtio-blk-pci,drive={name},id=front-{name}");
+            let export = serve(&world, &disk, port);
+            let status = standby(&world, &export.uri, &world.path(&format!("{name}-cache.raw")), name);
+            let uri = status["frontend"]["uri"].as_str().unwrap();
+            let file = format!("file.driver=file,file.filename={}", disk.display());
+            drives_a.extend(["-drive".into(), drive(file), "-device".into(), device.clone()]);
+            drives_b.extend(["-drive".into(), drive(format!("file={uri}")), "-device".into(), device]);
+            others.push(Other { name: name.into(), export: Some(export), image: disk, port });
+        }
+        let words = |words: &[String]| words.iter().map(String::as_str).collect::<Vec<_>>().join("\n");
+        let (drives_a, drives_b) = (words(&drives_a), words(&drives_b));
+        let (drives_a, drives_b): (Vec<&str>, Vec<&str>) = (drives_a.lines().collect(), drives_b.lines().collect());
+        let file = format!("file.driver=file,file.filename={}{drive}", image.display());
+        let a = Qemu::start(&world, "a", &file, &drives_a);
         let export_port = free_port();
         let export = serve(&world, &image, export_port);
         let link = Link::to(&format!("127.0.0.1:{export_port}"));
         let uri = format!("nbd://{}/", link.address);
-        let status = standby(&world, &uri, &cache);
-        let drive = format!("file={}", status["frontend"]["uri"].as_str().unwrap());
-        let b = Qemu::start(&world, "b", &drive, &["-incoming", "defer", "-S"]);
+        let status = standby(&world, &uri, &cache, NAME);
+        let drive = format!("file={},file.reconnect-delay=60", status["frontend"]["uri"].as_str().unwrap());
+        let b = Qemu::start(&world, "b", &drive, &drives_b);
         let port = free_port();
         let memory = Link::to(&format!("127.0.0.1:{port}"));
         let listen = format!("tcp:127.0.0.1:{port}");
-        Self { a, b, export: Some(export), link, uri, listen, image, cache, memory, export_port, world }
+        Self { a, b, export: Some(export), link, uri, listen, image, cache, others, memory, export_port, world }
     }
 
     pub fn places(&self) -> Places {
@@ -193,7 +300,9 @@ impl Site {
             to: Address::Unix(self.b.qmp.clone()),
             uri: Some(format!("tcp:{}", self.memory.address)),
             listen: Some(self.listen.clone()),
-            disks: vec![("disk0".into(), NAME.into())],
+            disks: iter::once(("disk0".into(), NAME.into()))
+                .chain(self.others.iter().map(|other| (other.name.clone(), other.name.clone())))
+                .collect(),
             leave: Vec::new(),
         }
     }
@@ -214,7 +323,17 @@ impl Site {
     }
 
     pub fn status(&self) -> Value {
-        serde_json::from_str(&self.world.ok(["status", NAME, "--json"])).unwrap()
+        self.status_of(NAME)
+    }
+
+    pub fn status_of(&self, name: &str) -> Value {
+        serde_json::from_str(&self.world.ok(["status", name, "--json"])).unwrap()
+    }
+
+    /// Serves a further disk again.
+    pub fn restart_other(&mut self, number: usize) {
+        let Other { image, port, .. } = &self.others[number];
+        self.others[number].export = Some(serve(&self.world, image, *port));
     }
 
     pub fn kill_export(&mut self) {
@@ -232,7 +351,7 @@ impl Site {
     }
 
     pub fn restart_daemon(&self) {
-        standby(&self.world, &self.uri, &self.cache);
+        standby(&self.world, &self.uri, &self.cache, NAME);
     }
 
     /// What the guest's disk holds, wherever it is now: every stamp that was told of has to be there, and the file system
@@ -248,7 +367,7 @@ impl Site {
         assert!(replayed.status.code().is_some_and(|code| code <= 1), "{said}");
         tool("e2fsck", ["-f", "-n", fs]);
         let file = tool("debugfs", ["-R", "cat /var/lib/ferry/stamps", fs]);
-        let told = [self.a.stamps(), self.b.stamps()].concat();
+        let told = [self.a.told(), self.b.told()].concat();
         assert!(!told.is_empty());
         for (n, at) in &told {
             let line = &file[(*n as usize - 1) * 512..][..512];
@@ -299,6 +418,10 @@ impl Drop for Site {
         self.export = None;
         // The image may be immutable: given away for good.
         self.world.blkferry(["reclaim", "--force", self.image.to_str().unwrap()]);
+        for Other { export, image, .. } in &mut self.others {
+            *export = None;
+            self.world.blkferry(["reclaim", "--force", image.to_str().unwrap()]);
+        }
     }
 }
 
@@ -311,7 +434,7 @@ pub fn serve(world: &World, image: &Path, port: u16) -> Export {
     Export { child, uri: said["uris"][0].as_str().unwrap().to_owned() }
 }
 
-fn standby(world: &World, uri: &str, cache: &Path) -> Value {
-    let args = ["attach", "--standby", uri, cache.to_str().unwrap(), "--name", NAME, "--json", "--hydrate", "off"];
+fn standby(world: &World, uri: &str, cache: &Path, name: &str) -> Value {
+    let args = ["attach", "--standby", uri, cache.to_str().unwrap(), "--name", name, "--json", "--hydrate", "off"];
     serde_json::from_str(&world.ok(args)).unwrap()
 }

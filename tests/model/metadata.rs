@@ -116,6 +116,7 @@ fn superblock(geometry: Geometry) -> Superblock {
         gift: None,
         floor: 0,
         given_to: None,
+        released: false,
     }
 }
 

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::Hands;
 use crate::cache::CacheState;
-use crate::device::Phase;
+use crate::device::{Mode, Phase};
 use crate::frontend::Owner;
 use crate::handoff::{Deed, Move, Right};
 use crate::nbd::{Ask, Base, HANDOFF_VERSION, NbdError, Standing, Told};
@@ -21,9 +21,11 @@ impl Owner for Hands {
     fn standing(&self) -> Option<Standing> {
         let shown = self.shown();
         let Deed { disk, epoch, given_to } = shown.deed;
-        let base = shown.gift.filter(|gift| gift.epoch > 0 && shown.dirty_exact && self.core.health.is_complete());
+        let base = shown.gift.filter(|gift| gift.epoch > 0 && shown.dirty_exact);
         let base = base.map(|gift| Base { disk: gift.disk, epoch: gift.epoch });
-        (shown.right == Right::Active).then_some(Standing { version: HANDOFF_VERSION, disk, epoch, given_to, base })
+        let complete = self.core.health.is_complete();
+        let standing = Standing { version: HANDOFF_VERSION, disk, epoch, given_to, base, complete };
+        (shown.right == Right::Active).then_some(standing)
     }
 
     fn identity(&self) -> String {
@@ -43,7 +45,13 @@ impl Owner for Hands {
         match state.deed.on(ask) {
             Move::Say(told) => Ok(told),
             Move::Retire => {
+                if !state.released {
+                    // Who comes after us is to know, too.
+                    self.record(|s| s.released = true).map_err(|_| NbdError::Io)?;
+                }
                 state.released = true;
+                // Nobody wants what is not here.
+                self.core.hydration.set_mode(Mode::Off);
                 log::info!("whoever has the disk now has all of it: this device is not needed any more");
                 Ok(Told::Noted)
             }
@@ -56,12 +64,13 @@ impl Owner for Hands {
                     let on_record = deed.clone();
                     let recorded = self.record(move |s| {
                         (s.state, s.epoch, s.given_to) = (CacheState::Away, on_record.epoch, on_record.given_to);
+                        s.released = false;
                     });
                     // If it could not be recorded the device has failed, and nobody writes to it any more.
                     recorded.map_err(|_| NbdError::Io)?;
                     self.core.gate.set(Phase::Away);
                     log::info!("given to {} in epoch {}", deed.given_to.unwrap_or_default(), deed.epoch);
-                    state.deed = deed;
+                    (state.deed, state.released) = (deed, false);
                 }
                 Ok(Told::Given { epoch: state.deed.epoch, identity: identity_of(&state.deed) })
             }
@@ -70,10 +79,10 @@ impl Owner for Hands {
                 let on_record = deed.clone();
                 let recorded = self.record(move |s| {
                     s.state = if complete { CacheState::Complete } else { CacheState::Active };
-                    (s.epoch, s.given_to) = (on_record.epoch, None);
+                    (s.epoch, s.given_to, s.released) = (on_record.epoch, None, false);
                 });
                 recorded.map_err(|_| NbdError::Io)?;
-                state.deed = deed;
+                (state.deed, state.released) = (deed, false);
                 self.core.gate.set(Phase::Active);
                 log::info!("called off: the disk is here in epoch {}", state.deed.epoch);
                 Ok(Told::Back { epoch: state.deed.epoch })

@@ -149,7 +149,7 @@ impl Hands {
             deed: Deed { disk: me, epoch: superblock.epoch, given_to: superblock.given_to },
             gift: superblock.gift,
             dirty_exact: superblock.dirty_exact,
-            released: false,
+            released: superblock.released,
             landing: None,
         };
         let shown = Mutex::new(Shown::of(&state));

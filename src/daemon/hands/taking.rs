@@ -9,7 +9,7 @@ use crate::device::Phase;
 use crate::engine::{BlockRun, Geometry};
 use crate::handoff::{Deed, Right, Step, Taker};
 use crate::nbd::{Ask, Told};
-use crate::remote::{Expect, HandOffError};
+use crate::remote::{Changed, Expect, HandOffError};
 
 /// Pause before the source is asked again.
 const RETRY_PAUSE: Duration = Duration::from_millis(20);
@@ -81,7 +81,14 @@ impl Hands {
         let taken = self.take_in(&mut state, wait)?;
         let Some(Granted { epoch, identity }) = state.granted.clone() else { return Ok(taken) };
         // The source is frozen: what it says now stays true.
-        let kept = state.landing.as_ref().map(|_| self.kept()).transpose()?;
+        let mut kept = Vec::new();
+        if let Some(landing) = &mut state.landing {
+            let changed = self.changed()?;
+            // It may have been fetched from there until now.
+            let claimed = landing.home.claim().and_then(|()| landing.home.confirm(changed.base));
+            claimed.map_err(|e| format!("{}: {e}", self.name))?;
+            kept = kept_blocks(&changed.stretches, self.core.geometry());
+        }
         let gift = state.gift.map(|gift| Gift { epoch, ..gift });
         let identity = match identity {
             Some(identity) => identity,
@@ -97,16 +104,9 @@ impl Hands {
         })?;
         let expected = if gift.is_some() { Expect::Gift { to: self.me, epoch } } else { Expect::Contents };
         self.source.expect(expected, identity);
-        if let Some(landing) = state.landing.take()
-            && let Err(why) = land(landing)
-        {
-            // It is ours by what is on record, so that another attach goes on from here.
-            let why = format!("the disk has come home, but {why}; attach it again");
-            self.core.health.set_failed(why.clone());
-            return Err(format!("{}: {why}", self.name));
+        if let Some(landing) = state.landing.take() {
+            self.land(landing, &kept)?;
         }
-        // Not before it is on record that the disk is ours: until then the source might go on writing it.
-        kept.iter().for_each(|runs| self.core.adopt(runs));
         state.granted = None;
         state.right = Right::Active;
         state.deed = Deed { disk: self.me, epoch, given_to: None };
@@ -117,12 +117,42 @@ impl Hands {
         Ok(Taken { already: false, ..taken })
     }
 
-    /// The blocks that were not written at the source since it had the disk from here.
-    fn kept(&self) -> Result<Vec<BlockRun>, String> {
+    /// The disk is ours by what is on record. Not before that: the source might have gone on writing it. What it kept has
+    /// to be known durably before the record beside the image goes: nobody else may have it any more.
+    fn land(&self, mut landing: Landing, kept: &[BlockRun]) -> Result<(), String> {
+        self.core.adopt(kept);
+        let landed = self
+            .record(|_| {})
+            .and_then(|()| landing.home.lower().map_err(|e| e.to_string()))
+            .and_then(|()| landing.data.come_home(&landing.path).map_err(|e| e.to_string()))
+            .and_then(|()| landing.home.clear().map_err(|e| e.to_string()));
+        landed.map_err(|why| {
+            // Another attach goes on from here.
+            let why = format!("the disk has come home, but {why}; attach it again");
+            self.core.health.set_failed(why.clone());
+            format!("{}: {why}", self.name)
+        })
+    }
+
+    /// The same for a predecessor, who died before it was done.
+    pub(in crate::daemon) fn finish_homecoming(&self) -> Result<(), String> {
+        let Some(landing) = self.step().landing.take() else { return Ok(()) };
+        // The source is frozen still. Who is complete needs none, and may have none.
+        if !self.core.health.is_complete() {
+            // It committed what was written before it gave the disk away: that it lost power since changes nothing.
+            self.core.adopt(&kept_blocks(&self.changed()?.stretches, self.core.geometry()));
+        }
+        self.record(|_| {})?;
+        landing.home.clear().map_err(|e| format!("{}: {e}", self.name))?;
+        self.core.gate.set(Phase::Active);
+        self.core.hydration.wake();
+        Ok(())
+    }
+
+    /// What was written at the source since it had the disk from here.
+    fn changed(&self) -> Result<Changed, String> {
         let changed = self.source.changed(ANSWER_MARGIN);
-        let changed =
-            changed.map_err(|e| format!("{}: what was written at the source is not known: {e}", self.name))?;
-        Ok(kept_blocks(&changed, self.core.geometry()))
+        changed.map_err(|e| format!("{}: what was written at the source is not known: {e}", self.name))
     }
 
     /// Gives back what was taken; the device stays in standby.
@@ -174,12 +204,6 @@ impl Hands {
             )),
         }
     }
-}
-
-/// Opens the image for writing. What is on record elsewhere already is cleared up here.
-fn land(mut landing: Landing) -> Result<(), String> {
-    landing.home.open().map_err(|e| e.to_string())?;
-    landing.data.come_home(&landing.path).map_err(|e| e.to_string())
 }
 
 /// The whole blocks in what was not written, of stretches from the start of the disk on.

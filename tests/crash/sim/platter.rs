@@ -42,6 +42,7 @@ pub fn superblock(geometry: Geometry) -> Superblock {
         gift: None,
         floor: 0,
         given_to: None,
+        released: false,
     }
 }
 

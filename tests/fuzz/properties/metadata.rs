@@ -182,6 +182,7 @@ fn superblock_page(orders: &mut Orders<'_>) -> Vec<u8> {
         gift: None,
         floor: 0,
         given_to: None,
+        released: false,
     };
     encode_superblock(&superblock, sequence)
 }

@@ -81,8 +81,14 @@ impl Disk for Ram {
         export.min_block = self.min_block;
         export.max_block = MAX_PAYLOAD;
         export.identity = Some("image:0".into());
-        export.standing =
-            Some(Standing { version: HANDOFF_VERSION, disk: Uuid::nil(), epoch: 1, given_to: None, base: None });
+        export.standing = Some(Standing {
+            version: HANDOFF_VERSION,
+            disk: Uuid::nil(),
+            epoch: 1,
+            given_to: None,
+            base: None,
+            complete: false,
+        });
         export
     }
 
