@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use clap::ValueEnum;
+use nix::unistd::User;
 
 use super::launch::{Manner, launch};
 use crate::control::RunDir;
@@ -54,6 +55,9 @@ pub(super) struct Args {
     /// Path of the NBD socket [default: NAME.nbd in the run directory]
     #[arg(long, value_name = "PATH")]
     socket: Option<PathBuf>,
+    /// User to whom the NBD socket is given, such as QEMU's under libvirt: a name, or a number
+    #[arg(long, value_name = "USER", value_parser = user)]
+    socket_owner: Option<u32>,
     /// Hardware queues of the block device: at most one a CPU
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES as i64))]
     queues: u16,
@@ -109,6 +113,17 @@ fn size(text: &str) -> Result<u64, ParseSizeError> {
     parse_size(text)
 }
 
+fn user(text: &str) -> Result<u32, String> {
+    if let Ok(uid) = text.parse() {
+        return Ok(uid);
+    }
+    match User::from_name(text) {
+        Ok(Some(user)) => Ok(user.uid.as_raw()),
+        Ok(None) => Err("there is no such user here".into()),
+        Err(e) => Err(format!("it cannot be looked up: {e}")),
+    }
+}
+
 fn sector(text: &str) -> Result<u64, String> {
     match parse_size(text) {
         Ok(bytes @ (512 | 4096)) => Ok(bytes),
@@ -117,8 +132,8 @@ fn sector(text: &str) -> Result<u64, String> {
 }
 
 pub(super) fn run(args: &Args, verbose: u8) -> anyhow::Result<ExitCode> {
-    if args.frontend == Frontend::Ublk && args.socket.is_some() {
-        anyhow::bail!("--socket is for NBD: leave it out, or use --frontend nbd");
+    if args.frontend == Frontend::Ublk && (args.socket.is_some() || args.socket_owner.is_some()) {
+        anyhow::bail!("--socket and --socket-owner are for NBD: leave them out, or use --frontend nbd");
     }
     launch(args.manner, verbose, || {
         let options = options(args);
@@ -134,7 +149,7 @@ fn options(args: &Args) -> DaemonOptions {
     let wants_ublk = match args.frontend {
         Frontend::Ublk => true,
         Frontend::Nbd => false,
-        Frontend::Auto => args.socket.is_none() && ublk::probe().is_ok(),
+        Frontend::Auto => args.socket.is_none() && args.socket_owner.is_none() && ublk::probe().is_ok(),
     };
     let ublk = UblkOptions {
         id: args.ublk_id,
@@ -150,6 +165,7 @@ fn options(args: &Args) -> DaemonOptions {
         metadata: args.metadata.clone(),
         name: args.name.clone().unwrap_or_else(|| name_of(&args.cache)),
         socket: args.socket.clone(),
+        socket_owner: args.socket_owner,
         hydrate: args.hydrate,
         on_source_loss: args.on_source_loss,
         block_bytes: args.block_size,

@@ -65,7 +65,11 @@ fn run_in_background(options: DaemonOptions) -> anyhow::Result<()> {
 fn start_in_background(manner: Manner, verbose: u8) -> anyhow::Result<ExitCode> {
     let program = std::env::current_exe().context("cannot find this program")?;
     let mut command = Command::new(program);
-    command.args(std::env::args_os().skip(1)).arg("--as-daemon").stdin(Stdio::null()).stdout(Stdio::piped());
+    let mut args: Vec<_> = std::env::args_os().skip(1).collect();
+    // Behind `--` there are no options.
+    let end = args.iter().position(|arg| arg == "--").unwrap_or(args.len());
+    args.insert(end, "--as-daemon".into());
+    command.args(args).stdin(Stdio::null()).stdout(Stdio::piped());
     if verbose == 0 && std::env::var_os("BLKFERRY_LOG").is_none() {
         // The daemon's errors come through; what it does on the way up is of interest in its log only.
         command.env("BLKFERRY_LOG", "info");

@@ -139,6 +139,7 @@ fn add_options(add: &Add) -> DaemonOptions {
         metadata: None,
         name: add.name.clone().unwrap_or_else(|| name_of(&add.file)),
         socket: None,
+        socket_owner: None,
         hydrate: add.hydrate,
         on_source_loss: add.on_source_loss,
         block_bytes: None,

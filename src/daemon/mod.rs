@@ -57,6 +57,8 @@ pub struct DaemonOptions {
     pub name: String,
     /// The NBD socket, if not in the default place.
     pub socket: Option<PathBuf>,
+    /// The user who may open it, if not this one.
+    pub socket_owner: Option<u32>,
     /// How to hydrate.
     pub hydrate: Mode,
     /// What becomes of requests while the source is lost.

@@ -2,6 +2,7 @@
 //! come up leaves nothing behind.
 
 use std::io;
+use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Duration;
@@ -68,7 +69,14 @@ impl Door {
     fn take(options: &DaemonOptions, places: &Places) -> Result<Self, DaemonError> {
         match &options.ublk {
             Some(ublk) => Ok(Self::Ublk(ublk.device()?)),
-            None => Ok(Self::Nbd(Listener::unix(&places.socket)?)),
+            None => {
+                let listener = Listener::unix(&places.socket)?;
+                if options.socket_owner.is_some() {
+                    chown(&places.socket, options.socket_owner, None)
+                        .map_err(|e| DaemonError::Io("cannot give the socket to its owner", e))?;
+                }
+                Ok(Self::Nbd(listener))
+            }
         }
     }
 

@@ -98,6 +98,7 @@ pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, Daemon
         hydrate: ublk.hydrate.parse().map_err(|e| damaged(format!("{e}")))?,
         on_source_loss: ublk.on_source_loss.parse().map_err(|e| damaged(format!("{e}")))?,
         socket: None,
+        socket_owner: None,
         block_bytes: None,
         forget_unflushed: false,
         no_source: false,

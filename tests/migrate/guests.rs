@@ -8,7 +8,8 @@ use blkferry::migrate::{Driver, Memory, Outcome, Real, Watcher};
 use serde_json::Value;
 
 use crate::common::tool_output;
-use crate::site::{LIMITS, NAME, Qemu, Silence, Site, data_of, poll};
+use crate::site::{LIMITS, NAME, Qemu, Silence, Site};
+use crate::writer::{data_of, poll};
 
 fn migrate(site: &Site) -> Value {
     let said = site.world.ok(site.command(&["--json"]));

@@ -3,6 +3,10 @@
 
 #[path = "../common/mod.rs"]
 mod common;
+#[path = "../common/link.rs"]
+mod link;
+#[path = "../common/writer.rs"]
+mod writer;
 
 mod bad_input;
 mod faults;

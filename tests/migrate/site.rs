@@ -1,11 +1,9 @@
 //! Two QEMUs (software emulation), an image that the first one uses, a device in standby for the second one, and a link
 //! of 1 Gbit/s and 20 ms between them, for the disk and for the memory.
 
-use std::fs::File;
-use std::io::{BufRead, BufReader, Write};
+use std::io::{BufRead, BufReader};
 use std::iter;
 use std::net::TcpListener;
-use std::os::unix::fs::FileExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::Arc;
@@ -16,28 +14,16 @@ use std::time::{Duration, Instant};
 use blkferry::control::RunDir;
 use blkferry::migrate::{Limits, Places};
 use blkferry::qmp::{Address, Qmp};
-use nix::unistd::{Whence, lseek};
 use serde_json::{Value, json};
 
-use crate::common::{BLKFERRY, Export, World, kill, make_image, tool};
+use crate::common::{Export, World, kill, make_image, tool};
+use crate::link::Link;
+use crate::writer::{PATIENCE, assert_stamps, is_bad, poll, stamps_in, told_in};
 
-/// Where the guest's ext4 file system begins: behind 1 MiB and 32 MiB of boot partition.
-pub const ROOT_OFFSET: u64 = 33 << 20;
-/// Emulated machines on a busy host: nothing here is a matter of seconds.
-const PATIENCE: Duration = Duration::from_secs(300);
 pub const LIMITS: Limits = Limits { memory: Some(PATIENCE), switchover: Duration::from_secs(120) };
 /// After so long without a stamp a guest has lost its disk.
 const LOST_DISK: Duration = Duration::from_secs(60);
 pub const NAME: &str = "web";
-
-/// Waits for something that must come.
-pub fn poll(what: &str, mut done: impl FnMut() -> bool) {
-    let started = Instant::now();
-    while !done() {
-        assert!(started.elapsed() < PATIENCE, "waited in vain for {what}");
-        std::thread::sleep(Duration::from_millis(20));
-    }
-}
 
 /// A QEMU; killed when dropped.
 pub struct Qemu {
@@ -75,37 +61,18 @@ impl Qemu {
 
     /// What its guest said that it wrote: number and time of each stamp.
     pub fn stamps(&self) -> Vec<(u64, u64)> {
-        let text = self.text();
-        assert!(!text.contains("FERRY-WRITER-BAD") && !text.contains("I/O error"), "{text}");
-        self.told()
-    }
-
-    fn text(&self) -> String {
-        String::from_utf8_lossy(&std::fs::read(&self.console).unwrap_or_default()).into_owned()
-    }
-
-    /// The same of a guest that may have lost its disk after that.
-    fn told(&self) -> Vec<(u64, u64)> {
-        let text = self.text();
-        // The last line may be half a line.
-        let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-        let stamps = whole.lines().filter_map(|line| line.trim().strip_prefix("FERRY-STAMP "));
-        stamps
-            .filter_map(|words| words.split_once(' '))
-            .map(|(n, at)| (n.parse().unwrap(), at.parse().unwrap()))
-            .collect()
+        stamps_in(&self.console)
     }
 
     /// Does its guest go on writing? It may have lost its disk.
     pub fn writes_on(&self) -> bool {
-        let before = self.told().len();
+        let before = told_in(&self.console).len();
         let started = Instant::now();
         while started.elapsed() < LOST_DISK {
-            let text = self.text();
-            if text.contains("FERRY-WRITER-BAD") || text.contains("I/O error") {
+            if is_bad(&self.console) {
                 return false;
             }
-            if self.told().len() >= before + 2 {
+            if told_in(&self.console).len() >= before + 2 {
                 return true;
             }
             std::thread::sleep(Duration::from_millis(20));
@@ -161,63 +128,6 @@ impl Silence {
     pub fn end(self) -> Duration {
         self.stop.store(true, Ordering::Relaxed);
         self.thread.join().unwrap()
-    }
-}
-
-/// A link; ends when dropped.
-pub struct Link {
-    child: Child,
-    pub address: String,
-}
-
-impl Link {
-    pub fn to(address: &str) -> Self {
-        let program = Path::new(BLKFERRY).with_file_name("examples/relay");
-        if !program.exists() {
-            // Cargo builds examples for all tests, but not for one that is named.
-            let built = Command::new(env!("CARGO")).args(["build", "--locked", "--example", "relay"]).status().unwrap();
-            assert!(built.success());
-        }
-        let mut child = Command::new(program)
-            .args([address, "--mbit", "1000", "--rtt-ms", "20"])
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .spawn()
-            .unwrap();
-        let mut line = String::new();
-        BufReader::new(child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        Self { child, address: line.trim().to_owned() }
-    }
-
-    /// Bytes that came from the server so far.
-    pub fn received(&mut self) -> u64 {
-        self.child.stdin.as_mut().unwrap().write_all(b"\n").unwrap();
-        let mut line = String::new();
-        BufReader::new(self.child.stdout.as_mut().unwrap()).read_line(&mut line).unwrap();
-        line.split_whitespace().nth(1).unwrap().parse().unwrap()
-    }
-}
-
-impl Link {
-    /// Nothing gets through until [`Link::thaw`], and no connection breaks.
-    pub fn freeze(&self) {
-        kill(self.child.id() as i32, nix::sys::signal::Signal::SIGSTOP);
-    }
-
-    pub fn thaw(&self) {
-        kill(self.child.id() as i32, nix::sys::signal::Signal::SIGCONT);
-    }
-
-    /// Nobody gets through any more.
-    pub fn cut(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
-}
-
-impl Drop for Link {
-    fn drop(&mut self) {
-        self.cut();
     }
 }
 
@@ -357,58 +267,8 @@ impl Site {
     /// What the guest's disk holds, wherever it is now: every stamp that was told of has to be there, and the file system
     /// has to be whole once its journal was replayed.
     pub fn assert_nothing_is_lost(&self, disk: &Path) {
-        // e2fsck forgets an offset when it has replayed a journal: it gets the file system alone.
-        let fs = self.world.path("root.raw");
-        cut(disk, ROOT_OFFSET, &fs);
-        let fs = fs.to_str().unwrap();
-        // It was cut off while it ran: the journal is replayed, as by the next boot.
-        let replayed = crate::common::tool_output("e2fsck", ["-p", fs]);
-        let said = String::from_utf8_lossy(&replayed.stdout);
-        assert!(replayed.status.code().is_some_and(|code| code <= 1), "{said}");
-        tool("e2fsck", ["-f", "-n", fs]);
-        let file = tool("debugfs", ["-R", "cat /var/lib/ferry/stamps", fs]);
-        let told = [self.a.told(), self.b.told()].concat();
-        assert!(!told.is_empty());
-        for (n, at) in &told {
-            let line = &file[(*n as usize - 1) * 512..][..512];
-            assert_eq!(line.trim(), format!("stamp {n} {at}"), "a stamp that was durable is not there");
-        }
-        println!("{} stamps were told of, all are there, the file system is whole", told.len());
+        assert_stamps(&self.world, disk, &[told_in(&self.a.console), told_in(&self.b.console)].concat());
     }
-}
-
-/// Goes through what is not a hole from there on, MiB by MiB.
-fn each_piece(disk: &Path, from: u64, mut work: impl FnMut(u64, &[u8])) {
-    let disk = File::open(disk).unwrap();
-    let mut at = from;
-    // No data any more: ENXIO.
-    while let Ok(data) = lseek(&disk, at as i64, Whence::SeekData) {
-        let hole = lseek(&disk, data, Whence::SeekHole).unwrap() as u64;
-        at = data as u64;
-        while at < hole {
-            let mut bytes = vec![0; (hole - at).min(1 << 20) as usize];
-            disk.read_exact_at(&mut bytes, at).unwrap();
-            work(at, &bytes);
-            at += bytes.len() as u64;
-        }
-    }
-}
-
-/// Copies a disk from there on; holes stay holes.
-fn cut(disk: &Path, from: u64, to: &Path) {
-    let to = File::create(to).unwrap();
-    to.set_len(disk.metadata().unwrap().len() - from).unwrap();
-    each_piece(disk, from, |at, bytes| to.write_all_at(bytes, at - from).unwrap());
-}
-
-/// Bytes of the blocks that are not zeros: the most that may cross a wire once.
-pub fn data_of(disk: &Path) -> u64 {
-    let mut sum = 0;
-    each_piece(disk, 0, |_, bytes| {
-        let blocks = bytes.chunks(4096).filter(|block| block.iter().any(|&byte| byte != 0));
-        sum += blocks.map(|block| block.len() as u64).sum::<u64>();
-    });
-    sum
 }
 
 impl Drop for Site {

@@ -14,7 +14,8 @@ use blkferry::migrate::plan::{Step, Stuck};
 use blkferry::migrate::{Driver, Limits, Memory, Outcome, Real, Watcher};
 
 use crate::guests::is_step;
-use crate::site::{NAME, Qemu, Site, poll};
+use crate::site::{NAME, Qemu, Site};
+use crate::writer::poll;
 
 const LIMITS: Limits = Limits { memory: Some(Duration::from_secs(120)), switchover: Duration::from_secs(10) };
 /// The same command again, after what died runs again; more than that is no way that a person would go.
