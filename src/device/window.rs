@@ -44,6 +44,8 @@ pub(super) struct Window {
     flying: Cell<u64>,
     front_bytes: Cell<u64>,
     fastest: Cell<Option<Fastest>>,
+    /// When the first one ended well.
+    began: Cell<Option<Instant>>,
     /// The fastest time is being looked for again.
     probing: Cell<bool>,
 }
@@ -64,6 +66,7 @@ impl Window {
             flying: Cell::new(0),
             front_bytes: Cell::new(0),
             fastest: Cell::new(None),
+            began: Cell::new(None),
             probing: Cell::new(false),
         }
     }
@@ -98,8 +101,12 @@ impl Window {
         let took = now.saturating_duration_since(at).max(Duration::from_micros(1));
         let fastest = self.fastest(took, flying, now);
         let wanted = fastest + QUEUE.max(fastest / QUEUE_PART);
+        let began = self.began.get().unwrap_or(now);
+        self.began.set(Some(began));
         if took > wanted {
-            let as_much = (flying as f64 * wanted.as_secs_f64() / took.as_secs_f64()) as u64;
+            // Those of the beginning were asked for at once, of an idle link: each took the time of those before it.
+            let (bytes_ahead, for_them) = if at < began { (flying - bytes, took - fastest) } else { (flying, took) };
+            let as_much = (bytes_ahead as f64 * wanted.as_secs_f64() / for_them.as_secs_f64()) as u64;
             self.most.set(self.most.get().min(as_much).max(LEAST));
         } else if flying >= self.most.get() {
             self.most.set(self.limit.min(self.most.get() + bytes));
