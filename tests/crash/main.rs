@@ -30,7 +30,7 @@ mod killed;
 mod power;
 mod record;
 #[allow(dead_code)]
-#[path = "../model/rng.rs"]
+#[path = "../common/rng.rs"]
 mod rng;
 mod sim;
 mod site;

@@ -15,5 +15,5 @@ mod lost;
 mod others;
 mod recovery;
 #[allow(dead_code)]
-#[path = "../model/rng.rs"]
+#[path = "../common/rng.rs"]
 mod rng;
