@@ -120,6 +120,21 @@ impl FetchThread {
 
 type Said = Sender<Result<Option<SourceHello>, FetchThreadError>>;
 
+impl SourceHello {
+    pub(super) fn of(source: &Source) -> Self {
+        Self {
+            size_bytes: source.size_bytes(),
+            identity: source.identity(),
+            standing: source.standing(),
+            tells_extents: source.tells_extents(),
+            sends_holes: source.sends_holes(),
+            max_read_bytes: source.max_read_bytes(),
+            min_read_bytes: source.min_read_bytes(),
+            stats: source.stats().clone(),
+        }
+    }
+}
+
 async fn fetch_main(uri: Option<Uri>, policy: LossPolicy, requests: Mailbox<FetchRequest>, said: Said) {
     let source = match uri {
         None => None,
@@ -128,17 +143,7 @@ async fn fetch_main(uri: Option<Uri>, policy: LossPolicy, requests: Mailbox<Fetc
             Err(e) => return drop(said.send(Err(e.into()))),
         },
     };
-    let hello = source.as_ref().map(|source| SourceHello {
-        size_bytes: source.size_bytes(),
-        identity: source.identity(),
-        standing: source.standing(),
-        tells_extents: source.tells_extents(),
-        sends_holes: source.sends_holes(),
-        max_read_bytes: source.max_read_bytes(),
-        min_read_bytes: source.min_read_bytes(),
-        stats: source.stats().clone(),
-    });
-    if said.send(Ok(hello)).is_err() {
+    if said.send(Ok(source.as_ref().map(SourceHello::of))).is_err() {
         return;
     }
     loop {
@@ -197,7 +202,7 @@ impl SourceEvents for Reporter {
 }
 
 impl Fetcher {
-    fn new(core: Arc<Core>, cache: FileIo, source: Option<Source>) -> Rc<Self> {
+    pub(super) fn new(core: Arc<Core>, cache: FileIo, source: Option<Source>) -> Rc<Self> {
         if let Some(source) = &source {
             source.keep_up(Rc::new(Reporter { core: core.clone() }));
         }
@@ -217,7 +222,7 @@ impl Fetcher {
         })
     }
 
-    async fn run(self: Rc<Self>, requests: Mailbox<FetchRequest>) {
+    pub(super) async fn run(self: Rc<Self>, requests: Mailbox<FetchRequest>) {
         let _hydration = spawn(self.clone().hydrate());
         loop {
             match requests.recv().await {
@@ -441,7 +446,19 @@ impl Fetcher {
         self.core.apply(Event::Stored { fetch, run, result });
     }
 
+    /// Fetches whose data or whose share of the buffers is still held, and the bytes of those shares.
+    #[cfg(feature = "simulation")]
+    pub(super) fn held(&self) -> (usize, usize) {
+        (self.held.borrow().len(), self.demand.lent() + self.bulk.lent())
+    }
+
     fn release(&self, fetch: FetchId) {
+        #[cfg(feature = "planted-faults")]
+        if crate::remote::is_planted(crate::remote::PlantedFault::BufferKept)
+            && self.held.borrow().get(&fetch).is_some_and(|held| held.data.is_none())
+        {
+            return;
+        }
         self.held.borrow_mut().remove(&fetch);
         self.progress.notify(usize::MAX);
     }

@@ -1,7 +1,7 @@
 //! The background: one step after the other, as the engine plans them, at the pace that the user set.
 
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::select;
@@ -10,7 +10,7 @@ use super::fetcher::{Fetcher, MAX_FETCH_BYTES};
 use super::gate::Phase;
 use super::hydration::{HydrationState, Mode, Pacer};
 use crate::engine::{Action, Event};
-use crate::uring::{Lent, sleep};
+use crate::uring::{Lent, now, sleep};
 
 /// Pause after a failure, before it tries again.
 const RETRY_PAUSE: Duration = Duration::from_secs(2);
@@ -18,7 +18,7 @@ const RETRY_PAUSE: Duration = Duration::from_secs(2);
 impl Fetcher {
     /// Hydrates until everything is here.
     pub(super) async fn hydrate(self: Rc<Self>) {
-        let mut pacer = Pacer::new(Instant::now());
+        let mut pacer = Pacer::new(now());
         let hydration = &self.core.hydration;
         loop {
             let changed = hydration.changed.listen();
@@ -69,7 +69,7 @@ impl Fetcher {
                 let bytes = self.core.geometry().bytes_of(run).len();
                 self.start_fetch(fetch, run, lane, Some(share));
                 if let Mode::Rate(rate) = mode {
-                    let wait = pacer.spend(Instant::now(), rate, bytes);
+                    let wait = pacer.spend(now(), rate, bytes);
                     let changed = self.core.hydration.changed.listen();
                     select(sleep(wait).boxed_local(), changed).await;
                 }

@@ -10,6 +10,8 @@ use event_listener::Event;
 use futures_channel::oneshot;
 
 use super::dial::Dialed;
+#[cfg(feature = "planted-faults")]
+use super::planted::{PlantedFault, is_planted};
 use super::read::{BadCover, FetchedData, HashAssembly, ReadAssembly};
 use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent};
@@ -18,7 +20,7 @@ use crate::nbd::{
     Ask, ChunkKind, ClientSession, Command, CommandFlags, FERRY_CHANGED, FERRY_CHANGED_ID, NbdError, ProtocolError,
     ReplyHeader, Request, StateFlags, Told,
 };
-use crate::uring::{BufferedReader, Connection, Mailbox, Part, spawn};
+use crate::uring::{BufferedReader, Connection, Mailbox, Part, now, spawn};
 
 /// Longest chunk payload that is read into the receive buffer rather than past it.
 const MAX_SMALL_PAYLOAD: usize = 8 << 10;
@@ -102,7 +104,7 @@ impl Link {
             answers: Cell::new(0),
             alive: Cell::new(true),
             died: Event::new(),
-            last_heard: Cell::new(Instant::now()),
+            last_heard: Cell::new(now()),
             silent_since: Cell::new(None),
             stats,
         });
@@ -163,7 +165,7 @@ impl Link {
 
     /// Since when it counts as lost: see [`Link::close_silent`], else now.
     pub(super) fn lost_since(&self) -> Instant {
-        self.inner.silent_since.get().unwrap_or_else(Instant::now)
+        self.inner.silent_since.get().unwrap_or_else(now)
     }
 
     /// Gives the link up; its requests end with [`LinkError::Lost`].
@@ -240,7 +242,7 @@ impl Link {
         let cookie = self.inner.next_cookie.get();
         self.inner.next_cookie.set(cookie + 1);
         if self.inner.pending.borrow().is_empty() {
-            self.inner.last_heard.set(Instant::now());
+            self.inner.last_heard.set(now());
         }
         self.inner.pending.borrow_mut().insert(cookie, Pending { waiting: waiting(answer), error: None });
         let len = u32::try_from(range.len()).expect("callers ask for less than 4 GiB at once");
@@ -253,7 +255,7 @@ impl Link {
         loop {
             let result = self.receive_reply(&mut reader).await;
             self.inner.stats.add_received(reader.take_received_bytes());
-            self.inner.last_heard.set(Instant::now());
+            self.inner.last_heard.set(now());
             self.inner.receiving.set(false);
             if let Err(failure) = result {
                 return failure;
@@ -271,6 +273,8 @@ impl Link {
         }
         let header = ReplyHeader::decode(&common, extra)?;
         let cookie = header.cookie();
+        #[cfg(feature = "planted-faults")]
+        let cookie = self.misdirected(cookie);
         let taken = self.inner.pending.borrow_mut().remove(&cookie);
         let mut pending = taken.ok_or(LinkFailure::UnknownCookie(cookie))?;
         match header {
@@ -298,6 +302,19 @@ impl Link {
         Ok(())
     }
 
+    /// The cookie of another read of the same length, if there is one.
+    #[cfg(feature = "planted-faults")]
+    fn misdirected(&self, cookie: u64) -> u64 {
+        let pending = self.inner.pending.borrow();
+        let len_of = |cookie: &u64| match pending.get(cookie).map(|pending| &pending.waiting) {
+            Some(Waiting::Read { read, .. }) => Some(read.range().len()),
+            _ => None,
+        };
+        let len = len_of(&cookie).filter(|_| is_planted(PlantedFault::AnswerOfAnother));
+        let other = len.and_then(|_| pending.keys().filter(|other| **other != cookie && len_of(other) == len).min());
+        other.copied().unwrap_or(cookie)
+    }
+
     async fn simple_data(&self, reader: &mut BufferedReader, pending: &mut Pending) -> Result<(), LinkFailure> {
         match &mut pending.waiting {
             Waiting::Read { read, .. } => {
@@ -320,6 +337,8 @@ impl Link {
             (ChunkKind::None, _) => {}
             (ChunkKind::OffsetData, Waiting::Read { read, .. }) => {
                 let offset = decode_data_offset(small(reader, 8).await?.try_into().expect("read what was asked for"));
+                #[cfg(feature = "planted-faults")]
+                let offset = if is_planted(PlantedFault::AnswerOfAnother) { read.range().start } else { offset };
                 receive_data(reader, read, offset, len as u64 - 8, &self.inner).await?;
             }
             (ChunkKind::OffsetHole, Waiting::Read { read, .. }) => {
@@ -391,7 +410,7 @@ async fn receive_data(
         let (result, bytes) = reader.read_into(read.take_buffer(), start, piece).await;
         read.give_buffer(bytes);
         result?;
-        inner.last_heard.set(Instant::now());
+        inner.last_heard.set(now());
     }
     inner.stats.add_data(len);
     Ok(())

@@ -13,12 +13,14 @@ use super::BULK_LINKS;
 use super::dial::{DialError, Spares, dial_first};
 use super::keep::{identify_in_time, keep_link, watch};
 use super::link::{Link, LinkError};
+#[cfg(feature = "planted-faults")]
+use super::planted::{PlantedFault, is_planted};
 use super::policy::{LossPolicy, OnLoss};
 use super::read::FetchedData;
 use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent, FetchError, Lane};
 use crate::nbd::{Ask, Standing, Told, TransmissionFlags, Uri};
-use crate::uring::{Task, sleep, spawn};
+use crate::uring::{Task, now, sleep, spawn};
 
 /// How long the source may take to hear that it is not needed any more.
 const DONE_PATIENCE: Duration = Duration::from_secs(2);
@@ -287,6 +289,8 @@ impl Source {
             match link.read(range).await {
                 Ok(data) => return Ok(data),
                 Err(LinkError::Refused(errno)) => return Err(FetchError::Refused(errno)),
+                #[cfg(feature = "planted-faults")]
+                Err(LinkError::Lost) if is_planted(PlantedFault::WaiterDropped) => std::future::pending().await,
                 Err(LinkError::Lost) => {}
             }
         }
@@ -390,7 +394,7 @@ impl Shared {
     pub(super) fn is_given_up(&self) -> bool {
         let too_long = |since: Instant| match self.policy.get() {
             OnLoss::Wait => false,
-            OnLoss::FailAfter(patience) => since.elapsed() >= patience,
+            OnLoss::FailAfter(patience) => now().duration_since(since) >= patience,
         };
         self.lost_since.get().is_some_and(too_long)
     }
