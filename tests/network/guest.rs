@@ -93,7 +93,7 @@ impl Guests {
     /// Reads, and compares. `None`: the device was killed.
     pub async fn read(&self, device: Rc<Simulated>, process: ProcessId, range: ByteRange) -> Option<Result<(), Errno>> {
         let (op, begin, judge) = (self.fresh(), self.judge.tick(), &self.judge);
-        judge.begins(op);
+        judge.begins(op, device.queue.is_hit(range));
         judge.note(|| format!("op {op} reads {} bytes at {}", range.len(), range.start));
         judge.count(|stats| stats.reads += 1);
         if !device.queue.is_hit(range) {
@@ -102,10 +102,10 @@ impl Guests {
         let queue = device.queue.clone();
         drop(device);
         let outcome = self.there(process, async move { queue.read(range).await }).await;
-        let began = judge.ends(op);
+        let open = judge.ends(op);
         match outcome {
             None => judge.count(|stats| stats.unknown += 1),
-            Some(Err(errno)) => judge.failed(began, &|| format!("op {op}, a read of {range:?}: {errno}")),
+            Some(Err(errno)) => judge.failed(open, &|| format!("op {op}, a read of {range:?}: {errno}")),
             Some(Ok(ref parts)) => self.compare(op, range, parts, begin),
         }
         judge.note(|| format!("op {op} has ended"));
@@ -130,7 +130,9 @@ impl Guests {
     async fn write(&self, device: Rc<Simulated>, process: ProcessId, range: ByteRange, fua: bool) {
         let (op, judge) = (self.fresh(), &self.judge);
         let (stamp, sectors) = (Stamp::write(op), range.start / SECTOR..range.end / SECTOR);
-        judge.begins(op);
+        let is_whole = |at: u64| at.is_multiple_of(self.setup.block_bytes);
+        let local = (is_whole(range.start) && is_whole(range.end)) || device.queue.is_hit(range);
+        judge.begins(op, local);
         judge.note(|| format!("op {op} writes {} bytes at {}", range.len(), range.start));
         judge.count(|stats| stats.writes += 1);
         judge.history.borrow_mut().begin_write(sectors.clone(), stamp, judge.tick());
@@ -139,11 +141,11 @@ impl Guests {
         let queue = device.queue.clone();
         drop(device);
         let outcome = self.there(process, async move { queue.write(range.start, data, fua).await }).await;
-        let (acked, began) = (outcome == Some(Ok(())), judge.ends(op));
+        let (acked, open) = (outcome == Some(Ok(())), judge.ends(op));
         judge.check(judge.history.borrow_mut().end_write(sectors, stamp, judge.tick(), acked, false));
         match outcome {
             None => judge.count(|stats| stats.unknown += 1),
-            Some(Err(errno)) => judge.failed(began, &|| format!("op {op}, a write of {range:?}: {errno}")),
+            Some(Err(errno)) => judge.failed(open, &|| format!("op {op}, a write of {range:?}: {errno}")),
             Some(Ok(())) => {}
         }
         judge.note(|| format!("op {op} has ended"));
@@ -151,7 +153,7 @@ impl Guests {
 
     async fn flush(&self, device: Rc<Simulated>, process: ProcessId) {
         let (op, judge) = (self.fresh(), &self.judge);
-        judge.begins(op);
+        judge.begins(op, true);
         judge.count(|stats| stats.flushes += 1);
         let queue = device.queue.clone();
         drop(device);

@@ -122,6 +122,7 @@ impl Rig {
             println!("{:>6.1} h  {used:?}", self.judge.now().as_secs_f64() / 3600.0);
             counts.push(used);
         }
+        self.judge.count(|stats| stats.simulated_s = self.judge.now().as_secs());
         counts
     }
 }

@@ -5,6 +5,7 @@
 //! | data | a read returns what was last written, or the source's bytes ([`History`]) |
 //! | I6 | a block is asked for again only if the answer was lost with its connection, or was an error |
 //! | patience | an error of an absent block comes with `fail-after:T` only, and not before T of silence |
+//! | I8/I9 | what needs nothing from the source waits for nothing of it, and does not fail |
 //! | in time | with `fail-after:T`, nobody waits for longer than that and a bound |
 //! | backoff | attempts to connect keep to their pauses: they grow, and begin anew after a good connection |
 //! | liveness | with `wait`, all that is asked is answered, once the link is good for long enough |
@@ -104,6 +105,14 @@ struct Pauses {
     up: Option<(ConnectionId, bool)>,
 }
 
+/// An operation that is under way.
+#[derive(Clone, Copy)]
+pub struct Open {
+    pub began: Duration,
+    /// The source has no part in it: its blocks are here, or are written as a whole.
+    pub local: bool,
+}
+
 /// See the module's page.
 pub struct Judge {
     start: Cell<Instant>,
@@ -119,8 +128,8 @@ pub struct Judge {
     pub most_asked: Cell<u64>,
     dials: RefCell<VecDeque<Duration>>,
     pauses: Cell<Pauses>,
-    /// Operations that are not answered, and when they began.
-    open: RefCell<BTreeMap<u64, Duration>>,
+    /// Operations that are not answered.
+    open: RefCell<BTreeMap<u64, Open>>,
     /// The last policies, and since when.
     policies: RefCell<Vec<(Duration, OnLoss)>>,
     /// When the device heard anything.
@@ -330,12 +339,21 @@ impl Judge {
 
     // ---- the guest ---------------------------------------------------------------------------------
 
-    pub fn begins(&self, op: u64) {
-        self.open.borrow_mut().insert(op, self.now());
+    pub fn begins(&self, op: u64, local: bool) {
+        self.open.borrow_mut().insert(op, Open { began: self.now(), local });
     }
 
-    pub fn ends(&self, op: u64) -> Duration {
-        self.open.borrow_mut().remove(&op).expect("an operation ends once")
+    pub fn ends(&self, op: u64) -> Open {
+        let open = self.open.borrow_mut().remove(&op).expect("an operation ends once");
+        self.check_local(op, open);
+        open
+    }
+
+    fn check_local(&self, op: u64, open: Open) {
+        let took = self.now() - open.began;
+        if open.local && took > GRACE {
+            self.broken("I8/I9", format!("op {op} has taken {took:?}, and needs nothing from the source"));
+        }
     }
 
     pub fn open(&self) -> usize {
@@ -352,9 +370,13 @@ impl Judge {
         self.excused_until.set(self.excused_until.get().max(self.now() + duration));
     }
 
-    /// An operation that began then has ended with an error.
-    pub fn failed(&self, began: Duration, what: &dyn Fn() -> String) {
+    /// An operation has ended with an error.
+    pub fn failed(&self, open: Open, what: &dyn Fn() -> String) {
+        let began = open.began;
         self.count(|stats| stats.errors += 1);
+        if open.local {
+            return self.broken("I8/I9", format!("{} failed, and needs nothing from the source", what()));
+        }
         let now = self.now();
         if self.excused_until.get() >= began {
             return;
@@ -388,12 +410,14 @@ impl Judge {
 
     /// Looked at now and then: does anybody wait for too long?
     pub fn look_for_laggards(&self) {
+        let open = self.open.borrow();
+        open.iter().for_each(|(op, open)| self.check_local(*op, *open));
         let policies = self.policies.borrow();
         let Some((_, OnLoss::FailAfter(patience))) = policies.last() else { return };
         let now = self.now();
         let from = self.heard.get().max(self.timely_from.get());
-        for (op, began) in self.open.borrow().iter() {
-            let waited = now - from.max(*began);
+        for (op, open) in open.iter() {
+            let waited = now - from.max(open.began);
             if waited > (*patience).max(MIN_SILENCE) + GRACE {
                 let what =
                     format!("op {op} waits for {waited:?} after the source was heard, with fail-after:{patience:?}");

@@ -12,11 +12,14 @@ use super::world::Inner;
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct ProcessId(pub(super) u64);
 
+/// What a task does, until it is taken away.
+type Body<T> = RefCell<Option<Pin<Box<dyn Future<Output = T>>>>>;
+
 /// A future that can be taken away from its task.
 pub(super) struct Mortal<T> {
     number: u64,
     process: ProcessId,
-    future: Rc<RefCell<Option<Pin<Box<dyn Future<Output = T>>>>>>,
+    future: Rc<Body<T>>,
     world: Rc<Inner>,
 }
 
@@ -26,7 +29,7 @@ pub(super) trait Kill {
     fn kill(&self);
 }
 
-impl<T> Kill for RefCell<Option<Pin<Box<dyn Future<Output = T>>>>> {
+impl<T> Kill for Body<T> {
     fn kill(&self) {
         let future = self.borrow_mut().take();
         drop(future);
