@@ -151,7 +151,8 @@ impl Troubles {
     }
 
     async fn slow(&self, duration: Duration, rng: &mut Rng) {
-        self.weather.rate.set(rng.one_of(&[20 << 10, 100 << 10, 1 << 20]));
+        // Slower ones, of less than 256 KiB in two seconds, count as silent where the policy is impatient.
+        self.weather.rate.set(rng.one_of(&[160 << 10, 400 << 10, 1 << 20]));
         sleep(duration).await;
         self.weather.rate.set(u64::MAX);
     }

@@ -6,7 +6,7 @@
 pub enum Said {
     /// A read was asked.
     Read { cookie: u64, offset: u64, len: u32 },
-    /// The last chunk of an answer.
+    /// An answer has come to its end.
     Answered { cookie: u64, error: bool },
 }
 
@@ -39,11 +39,13 @@ pub struct Wire {
     want: usize,
     /// An answer of several chunks has had an error.
     error: bool,
+    /// What is said when the payload is complete.
+    then: Option<Said>,
 }
 
 impl Wire {
     pub fn from_client() -> Self {
-        Self { state: State::Opening, head: Vec::new(), want: 4, error: false }
+        Self { state: State::Opening, head: Vec::new(), want: 4, error: false, then: None }
     }
 
     pub fn from_server() -> Self {
@@ -64,6 +66,9 @@ impl Wire {
                     *heads = heads.saturating_sub(len);
                     *left -= len;
                     at += len as usize;
+                    if *left == 0 {
+                        self.then.take().into_iter().for_each(&mut hear);
+                    }
                 }
                 _ => {
                     let is_chunk = self.head.len() >= MAGIC_BYTES && self.head[..4] == CHUNK.to_be_bytes();
@@ -112,11 +117,15 @@ impl Wire {
                 let (is_last, is_error, kind) = (self.head[5] & 1 != 0, self.head[6] & 0x80 != 0, self.head[7]);
                 self.error |= is_error;
                 if is_last {
-                    hear(Said::Answered { cookie: self.u64_at(8), error: std::mem::take(&mut self.error) });
+                    let (cookie, error) = (self.u64_at(8), std::mem::take(&mut self.error));
+                    self.then = Some(Said::Answered { cookie, error });
                 }
                 // Data and holes begin with an offset.
                 let framing = if !is_error && (kind == 1 || kind == 2) { 8 } else { 0 };
                 self.payload(u64::from(self.u32_at(16)), framing);
+                if self.state == (State::Payload { left: 0, framing: 0 }) {
+                    self.then.take().into_iter().for_each(hear);
+                }
             }
             _ => self.state = State::Lost,
         }
@@ -149,7 +158,9 @@ fn reads_answers_and_framing_are_told_apart() {
     answer.extend(CHUNK.to_be_bytes());
     let (mut said, mut framing) = (Vec::new(), Vec::new());
     let mut server = Wire::from_server();
-    server.pass(&answer, |what| said.push(what), |at| framing.push(at));
+    server.pass(&answer[..500], |what| said.push(what), |at| framing.push(at));
+    assert_eq!(said, [], "it is not complete");
+    server.pass(&answer[500..], |what| said.push(what), |_| ());
     assert_eq!(said, [Said::Answered { cookie: 7, error: false }]);
     // All of the header but its magic, and the offset.
     assert_eq!(framing, (22..46).collect::<Vec<_>>());
