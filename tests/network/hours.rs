@@ -102,6 +102,7 @@ impl Rig {
             }
         }
         self.judge.forget();
+        self.weather.forget_all_but(&self.world.network().connections());
         *self.judge.history.borrow_mut() = History::new(std::iter::empty());
         stamps.shrink_to_fit();
         *self.judge.history.borrow_mut() = History::new(stamps.into_iter());

@@ -22,7 +22,7 @@
 //!
 //! | to                          | set                                               |
 //! |-----------------------------|---------------------------------------------------|
-//! | run more or fewer cases     | `BLKFERRY_NETWORK_CASES=n` (1500)                 |
+//! | run more or fewer cases     | `BLKFERRY_NETWORK_CASES=n` (400)                  |
 //! | run other seeds             | `BLKFERRY_NETWORK_FIRST=n` (0)                    |
 //! | run one seed, with a trace  | `BLKFERRY_NETWORK_SEED=n`                         |
 //! | simulate more hours         | `BLKFERRY_NETWORK_HOURS=n` (2)                    |
@@ -58,7 +58,7 @@ const KEPT_SEEDS: &[u64] = &[];
 
 /// How many cases a search runs.
 fn cases() -> u64 {
-    search::from_env("BLKFERRY_NETWORK_CASES").unwrap_or(1500)
+    search::from_env("BLKFERRY_NETWORK_CASES").unwrap_or(400)
 }
 
 #[test]
@@ -77,7 +77,7 @@ fn random_cases_keep_the_rules() {
     if let Some((seed, violation)) = found.failure {
         panic!("{violation}\n{}", explain::explain(seed));
     }
-    assert!(cases < 500 || found.stats.saw_everything(), "the cases are about less than they should be");
+    assert!(cases < 200 || found.stats.saw_everything(), "the cases are about less than they should be");
 }
 
 #[test]

@@ -78,6 +78,11 @@ impl Weather {
         self.flips.set(0);
     }
 
+    /// Forgets connections that never came to be.
+    pub fn forget_all_but(&self, connections: &[ConnectionId]) {
+        self.wires.borrow_mut().retain(|id, _| connections.contains(id));
+    }
+
     pub fn draw(&self, (from, to): Delay) -> Duration {
         Duration::from_micros(self.rng.borrow_mut().between(from, to))
     }
