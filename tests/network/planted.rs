@@ -34,11 +34,6 @@ fn a_source_that_need_not_be_the_same_is_caught() {
 }
 
 #[test]
-fn pauses_that_stay_long_are_caught() {
-    assert_caught(PlantedFault::BackoffKept);
-}
-
-#[test]
 fn a_loss_that_is_told_once_only_is_caught() {
     assert_caught(PlantedFault::GivenUpOnce);
 }
