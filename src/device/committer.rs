@@ -1,6 +1,7 @@
 //! The commit thread: the one place that waits for the disk to say "durable".
 
 use std::io;
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::thread::JoinHandle;
@@ -12,6 +13,7 @@ use super::core::Core;
 use super::messages::CommitRequest;
 use crate::cache::{CacheState, Store, Superblock};
 use crate::engine::{Errno, Event};
+use crate::uring::now;
 
 /// Bits of merely fetched blocks are committed at this pace.
 const COMMIT_PERIOD: Duration = Duration::from_secs(1);
@@ -24,12 +26,8 @@ pub struct CommitThread {
 impl CommitThread {
     /// Starts it; it owns the metadata from now on.
     pub(crate) fn start(core: Arc<Core>, store: Store, requests: Receiver<CommitRequest>) -> io::Result<Self> {
-        let all_committed = core.maps().absent_count() == 0 && !core.maps().has_uncommitted();
-        let state = store.superblock().state;
-        if state == CacheState::Complete || (state == CacheState::Away && all_committed) {
-            core.health.set_complete();
-        }
-        let run = move || Thread { core, store }.run(&requests);
+        let thread = Thread::new(core, store);
+        let run = move || thread.run(&requests);
         Ok(Self { handle: std::thread::Builder::new().name("commit".into()).spawn(run)? })
     }
 
@@ -44,46 +42,72 @@ impl CommitThread {
     }
 }
 
-struct Thread {
+/// What the thread does, and when the next thing is due that nobody asks for.
+pub(super) struct Thread {
     core: Arc<Core>,
     store: Store,
+    due: Instant,
 }
 
 impl Thread {
+    pub(super) fn new(core: Arc<Core>, store: Store) -> Self {
+        let all_committed = core.maps().absent_count() == 0 && !core.maps().has_uncommitted();
+        let state = store.superblock().state;
+        if state == CacheState::Complete || (state == CacheState::Away && all_committed) {
+            core.health.set_complete();
+        }
+        Self { core, store, due: now() + COMMIT_PERIOD }
+    }
+
     fn run(mut self, requests: &Receiver<CommitRequest>) {
-        let mut due = Instant::now() + COMMIT_PERIOD;
         loop {
-            // By the clock, not by silence: a guest that flushes all the time must not put this off.
-            if Instant::now() >= due {
-                self.core.apply(Event::CommitDue);
-                // In this order: a block that comes in between would be present and not committed.
-                if self.core.maps().absent_count() == 0 && !self.core.maps().has_uncommitted() {
-                    self.record_complete();
-                }
-                due = Instant::now() + COMMIT_PERIOD;
-            }
-            match requests.recv_deadline(due) {
-                Ok(CommitRequest::Commit) => {
-                    let result = self.commit();
-                    self.core.apply(Event::Committed { result });
-                    // The last blocks came during this commit: one more, and it is complete.
-                    if self.core.maps().absent_count() == 0 && !self.core.health.is_complete() {
-                        due = Instant::now();
+            match requests.recv_deadline(self.look_at_clock()) {
+                Ok(request) => {
+                    if self.carry_out(request).is_break() {
+                        return;
                     }
-                }
-                Ok(CommitRequest::Record { change, answer }) => {
-                    // Whoever asked waits for this.
-                    let _ = answer.send(self.record(change));
-                }
-                Ok(CommitRequest::Stop(answer)) => {
-                    // Whoever asked waits for this.
-                    let _ = answer.send(self.stop());
-                    return;
                 }
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
         }
+    }
+
+    /// By the clock, not by silence: a guest that flushes all the time must not put this off. When to look again.
+    pub(super) fn look_at_clock(&mut self) -> Instant {
+        if now() >= self.due {
+            self.core.apply(Event::CommitDue);
+            // In this order: a block that comes in between would be present and not committed.
+            if self.core.maps().absent_count() == 0 && !self.core.maps().has_uncommitted() {
+                self.record_complete();
+            }
+            self.due = now() + COMMIT_PERIOD;
+        }
+        self.due
+    }
+
+    /// Break: that was the last one.
+    pub(super) fn carry_out(&mut self, request: CommitRequest) -> ControlFlow<()> {
+        match request {
+            CommitRequest::Commit => {
+                let result = self.commit();
+                self.core.apply(Event::Committed { result });
+                // The last blocks came during this commit: one more, and it is complete.
+                if self.core.maps().absent_count() == 0 && !self.core.health.is_complete() {
+                    self.due = now();
+                }
+            }
+            CommitRequest::Record { change, answer } => {
+                // Whoever asked waits for this.
+                let _ = answer.send(self.record(change));
+            }
+            CommitRequest::Stop(answer) => {
+                // Whoever asked waits for this.
+                let _ = answer.send(self.stop());
+                return ControlFlow::Break(());
+            }
+        }
+        ControlFlow::Continue(())
     }
 
     fn commit(&mut self) -> Result<(), Errno> {

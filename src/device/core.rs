@@ -13,7 +13,7 @@ use super::messages::{CommitRequest, FetchRequest, QueueMessage};
 use crate::cache::Superblock;
 use crate::engine::{Action, BlockRun, ByteRange, Engine, Event, Geometry, Maps, OpId};
 use crate::remote::FetchedData;
-use crate::uring::Mailbox;
+use crate::uring::{Mailbox, now};
 
 /// Bits of an [`OpId`] that count; those above name the queue.
 const OP_BITS: u32 = 48;
@@ -56,7 +56,7 @@ impl Health {
     /// The source is gone.
     pub fn set_lost(&self, reason: String) {
         let mut lost = lock(&self.lost);
-        let since = lost.take().map_or_else(Instant::now, |(since, _)| since);
+        let since = lost.take().map_or_else(now, |(since, _)| since);
         *lost = Some((since, reason));
     }
 
@@ -67,7 +67,7 @@ impl Health {
 
     /// For how long the source has been gone, and why.
     pub fn lost(&self) -> Option<(Duration, String)> {
-        lock(&self.lost).as_ref().map(|(since, reason)| (since.elapsed(), reason.clone()))
+        lock(&self.lost).as_ref().map(|(since, reason)| (now().duration_since(*since), reason.clone()))
     }
 
     /// The device has stopped for good.
@@ -114,6 +114,9 @@ pub struct Core {
     queues: Vec<Mailbox<QueueMessage>>,
     pub(super) fetcher: Mailbox<FetchRequest>,
     commits: Sender<CommitRequest>,
+    /// Rung with each of them, for a commit task that cannot wait for a channel.
+    #[cfg(feature = "simulation")]
+    pub(super) commit_asked: event_listener::Event,
     /// What the guest did.
     pub counters: Counters,
     /// What is wrong.
@@ -140,6 +143,8 @@ impl Core {
             queues: (0..queues).map(|_| Mailbox::default()).collect(),
             fetcher,
             commits,
+            #[cfg(feature = "simulation")]
+            commit_asked: event_listener::Event::new(),
             counters: Counters::default(),
             health: Health::default(),
             hydration,
@@ -223,6 +228,8 @@ impl Core {
     pub(super) fn request_commit(&self, request: CommitRequest) {
         // The commit thread outlives the others; after it there is nobody left to tell.
         let _ = self.commits.send(request);
+        #[cfg(feature = "simulation")]
+        self.commit_asked.notify(usize::MAX);
     }
 
     /// Blocks that are in the cache without having been fetched; in standby, before the gate opens.

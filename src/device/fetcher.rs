@@ -6,7 +6,6 @@ use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use std::time::Instant;
 
 use crossbeam::channel::Sender;
 
@@ -18,7 +17,7 @@ use super::window::Window;
 use crate::engine::{BlockRun, ByteRange, Errno, Event, Extent, FetchError, FetchId, Lane};
 use crate::nbd::{Standing, Uri};
 use crate::remote::{DialError, FetchedData, HandOffError, LossPolicy, Lost, Source, SourceEvents, SourceStats};
-use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, Task, UringError, ZeroMode, spawn};
+use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, Task, UringError, ZeroMode, now, spawn};
 
 /// Most bytes that one fetch asks for.
 pub const MAX_FETCH_BYTES: u64 = 1 << 20;
@@ -122,6 +121,21 @@ impl FetchThread {
 
 type Said = Sender<Result<Option<SourceHello>, FetchThreadError>>;
 
+impl SourceHello {
+    pub(super) fn of(source: &Source) -> Self {
+        Self {
+            size_bytes: source.size_bytes(),
+            identity: source.identity(),
+            standing: source.standing(),
+            tells_extents: source.tells_extents(),
+            sends_holes: source.sends_holes(),
+            max_read_bytes: source.max_read_bytes(),
+            min_read_bytes: source.min_read_bytes(),
+            stats: source.stats().clone(),
+        }
+    }
+}
+
 async fn fetch_main(uri: Option<Uri>, policy: LossPolicy, requests: Mailbox<FetchRequest>, said: Said) {
     let source = match uri {
         None => None,
@@ -130,17 +144,7 @@ async fn fetch_main(uri: Option<Uri>, policy: LossPolicy, requests: Mailbox<Fetc
             Err(e) => return drop(said.send(Err(e.into()))),
         },
     };
-    let hello = source.as_ref().map(|source| SourceHello {
-        size_bytes: source.size_bytes(),
-        identity: source.identity(),
-        standing: source.standing(),
-        tells_extents: source.tells_extents(),
-        sends_holes: source.sends_holes(),
-        max_read_bytes: source.max_read_bytes(),
-        min_read_bytes: source.min_read_bytes(),
-        stats: source.stats().clone(),
-    });
-    if said.send(Ok(hello)).is_err() {
+    if said.send(Ok(source.as_ref().map(SourceHello::of))).is_err() {
         return;
     }
     loop {
@@ -201,7 +205,7 @@ impl SourceEvents for Reporter {
 }
 
 impl Fetcher {
-    fn new(core: Arc<Core>, cache: FileIo, source: Option<Source>) -> Rc<Self> {
+    pub(super) fn new(core: Arc<Core>, cache: FileIo, source: Option<Source>) -> Rc<Self> {
         if let Some(source) = &source {
             source.keep_up(Rc::new(Reporter { core: core.clone() }));
         }
@@ -222,7 +226,7 @@ impl Fetcher {
         })
     }
 
-    async fn run(self: Rc<Self>, requests: Mailbox<FetchRequest>) {
+    pub(super) async fn run(self: Rc<Self>, requests: Mailbox<FetchRequest>) {
         let _hydration = spawn(self.clone().hydrate());
         loop {
             match requests.recv().await {
@@ -299,7 +303,7 @@ impl Fetcher {
         })
     }
 
-    fn source(&self) -> Option<Rc<Source>> {
+    pub(super) fn source(&self) -> Option<Rc<Source>> {
         self.source.borrow().clone()
     }
 
@@ -337,9 +341,9 @@ impl Fetcher {
         let this = self.clone();
         let range = self.core.geometry().bytes_of(run);
         // Now, and not when the task runs: more may be started before that.
-        let flight = self.window.depart(lane, range.len(), Instant::now());
+        let flight = self.window.depart(lane, range.len(), now());
         let arrive = move |this: &Self, well| {
-            this.window.arrive(&flight, Instant::now(), well);
+            this.window.arrive(&flight, now(), well);
             this.progress.notify(usize::MAX);
         };
         spawn(async move {
@@ -464,7 +468,19 @@ impl Fetcher {
         self.core.apply(Event::Stored { fetch, run, result });
     }
 
+    /// Fetches whose data or whose share of the buffers is still held, and the bytes of those shares.
+    #[cfg(feature = "simulation")]
+    pub(super) fn held(&self) -> (usize, usize) {
+        (self.held.borrow().len(), self.demand.lent() + self.bulk.lent())
+    }
+
     fn release(&self, fetch: FetchId) {
+        #[cfg(feature = "planted-faults")]
+        if crate::remote::is_planted(crate::remote::PlantedFault::BufferKept)
+            && self.held.borrow().get(&fetch).is_some_and(|held| held.data.is_none())
+        {
+            return;
+        }
         self.held.borrow_mut().remove(&fetch);
         self.progress.notify(usize::MAX);
     }

@@ -1,16 +1,16 @@
 //! The background: one step after the other, as the engine plans them, at the pace that the user set.
 
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use futures_util::FutureExt;
-use futures_util::future::select;
+use futures_util::future::{Either, select};
 
 use super::fetcher::{Fetcher, MAX_FETCH_BYTES};
 use super::gate::Phase;
 use super::hydration::{HydrationState, Mode, Pacer};
 use crate::engine::{Action, Event};
-use crate::uring::{Lent, sleep};
+use crate::uring::{Lent, now, sleep};
 
 /// What a fetch counts for at least: of small ones there are so many more under way, but not without end.
 pub(super) const SMALL_FETCH_BYTES: u64 = 32 << 10;
@@ -20,7 +20,7 @@ const RETRY_PAUSE: Duration = Duration::from_secs(2);
 impl Fetcher {
     /// Hydrates until everything is here.
     pub(super) async fn hydrate(self: Rc<Self>) {
-        let mut pacer = Pacer::new(Instant::now());
+        let mut pacer = Pacer::new(now());
         let hydration = &self.core.hydration;
         let mut asks_what_is_hot = None;
         loop {
@@ -57,6 +57,16 @@ impl Fetcher {
                 select(progress, changed).await;
                 continue;
             }
+            if let Some(source) = self.source() {
+                match select(source.takes_bulk().boxed_local(), changed).await {
+                    Either::Left((true, _)) => {}
+                    Either::Left((false, _)) => {
+                        *self.trouble.borrow_mut() = Some("the source is lost".into());
+                        continue;
+                    }
+                    Either::Right(_) => continue,
+                }
+            }
             let share = self.bulk.take(MAX_FETCH_BYTES as usize).await;
             if hydration.mode() != mode {
                 continue;
@@ -79,7 +89,7 @@ impl Fetcher {
                 share.keep(bytes.max(SMALL_FETCH_BYTES) as usize);
                 self.start_fetch(fetch, run, lane, Some(share));
                 if let Mode::Rate(rate) = mode {
-                    let wait = pacer.spend(Instant::now(), rate, bytes);
+                    let wait = pacer.spend(now(), rate, bytes);
                     let changed = self.core.hydration.changed.listen();
                     select(sleep(wait).boxed_local(), changed).await;
                 }

@@ -22,6 +22,8 @@ mod hydration;
 mod hydrator;
 mod messages;
 mod queue;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 mod source_side;
 mod verify;
 mod window;

@@ -3,7 +3,7 @@
 use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use event_listener::Event;
 use futures_util::FutureExt;
@@ -12,7 +12,7 @@ use futures_util::future::{Either, select};
 use super::CONNECT_TIMEOUT;
 use super::stats::SourceStats;
 use crate::nbd::{Address, ClientHandshake, ClientSession, ClientStep, ProtocolError, TransmissionFlags, Uri, Wants};
-use crate::uring::{BufferedReader, Connection, Part, Task, sleep, spawn};
+use crate::uring::{BufferedReader, Connection, Part, Task, now, sleep, spawn};
 
 /// Receive buffer of a link: headers and small replies; bulk goes past it.
 const READER_BYTES: usize = 16 << 10;
@@ -85,11 +85,11 @@ pub(super) type Spares = Vec<Spare>;
 /// they say nothing.
 pub(super) async fn dial_first(uri: &Uri, stats: &SourceStats, spares: usize) -> Result<(Dialed, Spares), DialError> {
     in_time(uri, async {
-        let before = Instant::now();
+        let before = now();
         let found = Rc::new(Found::default());
         let started = RefCell::new(Spares::new());
         let look = |handshake: Option<&ClientHandshake>| {
-            let is_far = matches!(uri.address, Address::Tcp { .. }) && before.elapsed() >= FAR;
+            let is_far = matches!(uri.address, Address::Tcp { .. }) && now().duration_since(before) >= FAR;
             if is_far && started.borrow().is_empty() {
                 let spare = |_| spawn(spare(uri.clone(), stats.clone(), found.clone()));
                 started.borrow_mut().extend((0..spares).map(spare));

@@ -1,19 +1,21 @@
 //! Keeping the source's links up: dialling again, and looking whether it still is the same disk.
 
 use std::rc::Rc;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::Duration;
 
 use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 
 use super::dial::{Spare, dial};
 use super::link::{Link, LinkError};
+#[cfg(feature = "planted-faults")]
+use super::planted::{PlantedFault, is_planted};
 use super::policy::OnLoss;
 use super::source::{Expect, Shared};
 use super::{BACKOFF, CONNECT_TIMEOUT, MIN_SILENCE, SHORT_LIFE, SILENCE, WATCH_PERIOD};
 use crate::engine::ByteRange;
 use crate::identity::{IdentityHasher, sample_ranges};
-use crate::uring::sleep;
+use crate::uring::{lot, now, sleep};
 
 /// What the disk behind a link is known by: the identity that it tells, or samples of its contents.
 async fn identify(link: &Link) -> Result<String, LinkError> {
@@ -49,13 +51,13 @@ pub(super) async fn keep_link(shared: Rc<Shared>, slot: usize, mut spare: Option
     loop {
         let held = shared.slots.borrow()[slot].clone();
         if let Some(link) = held {
-            let (since, answers) = (Instant::now(), link.answers());
+            let (since, answers) = (now(), link.answers());
             link.dead().await;
             shared.set(slot, None);
             log::warn!("source {}: connection {slot} lost", shared.uri);
             shared.report_lost("the connection was lost".into(), link.lost_since());
             is_first = false;
-            if since.elapsed() < SHORT_LIFE && link.answers() == answers {
+            if now().duration_since(since) < SHORT_LIFE && link.answers() == answers {
                 sleep(pause + jitter(pause)).await;
                 pause = (pause * 2).min(BACKOFF.1);
             } else {
@@ -74,7 +76,7 @@ pub(super) async fn keep_link(shared: Rc<Shared>, slot: usize, mut spare: Option
                 is_first = false;
                 shared.bulk_refused.set(true);
                 shared.link_up.notify(usize::MAX);
-                shared.report_lost(reason, Instant::now());
+                shared.report_lost(reason, now());
             }
         }
         sleep(pause + jitter(pause)).await;
@@ -106,6 +108,10 @@ async fn reconnect(shared: &Shared, is_first: bool, spare: Option<Spare>) -> Res
 
 /// Is it still what it has to be?
 async fn check_disk(shared: &Shared, link: &Link, is_first: bool) -> Result<(), String> {
+    #[cfg(feature = "planted-faults")]
+    if is_planted(PlantedFault::IdentityUnchecked) {
+        return Ok(());
+    }
     let standing = link.session().standing.clone();
     shared.standing.borrow_mut().clone_from(&standing);
     match (shared.expect.get(), standing) {
@@ -137,15 +143,14 @@ async fn check_disk(shared: &Shared, link: &Link, is_first: bool) -> Result<(), 
 
 /// Up to half of a pause, so that many clients of one source do not return in step.
 fn jitter(pause: Duration) -> Duration {
-    let now = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    let seed = now.subsec_nanos() ^ std::process::id().wrapping_mul(0x9e37_79b9);
-    pause.mul_f64(f64::from(seed % 1000) / 2000.0)
+    pause.mul_f64(f64::from(lot(1000)) / 2000.0)
 }
 
 /// Closes links whose source has fallen silent with requests under way, and ends the patience of those who wait for
 /// a source that is lost.
 pub(super) async fn watch(shared: Rc<Shared>) {
-    let mut was_given_up = false;
+    // The loss of which those who wait have been told. It may be found and lost again between two looks.
+    let mut told = None;
     loop {
         sleep(WATCH_PERIOD).await;
         let patience = match shared.policy.get() {
@@ -156,7 +161,12 @@ pub(super) async fn watch(shared: Rc<Shared>) {
         let silence = patience.map_or(SILENCE, |patience| SILENCE.min(patience.max(MIN_SILENCE)));
         let slots = shared.slots.borrow();
         let alive = || slots.iter().flatten().filter(|link| link.is_alive());
-        let silent = alive().filter_map(Link::silent_since).filter(|since| since.elapsed() > silence).min();
+        #[cfg(feature = "planted-faults")]
+        if is_planted(PlantedFault::SilenceUnnoticed) {
+            continue;
+        }
+        let silent =
+            alive().filter_map(Link::silent_since).filter(|since| now().duration_since(*since) > silence).min();
         if let Some(since) = silent {
             log::warn!("source {}: no answer for {} s, connections given up", shared.uri, silence.as_secs_f32());
             // Those that nothing was asked of meanwhile are no better: who waits would wait as long again on them.
@@ -164,11 +174,15 @@ pub(super) async fn watch(shared: Rc<Shared>) {
             others.for_each(|link| link.close_silent(since));
         }
         drop(slots);
-        let given_up = shared.is_given_up();
-        if given_up && !was_given_up {
+        let given_up = shared.lost_since.get().filter(|_| shared.is_given_up());
+        #[cfg(feature = "planted-faults")]
+        if told.is_some() && is_planted(PlantedFault::GivenUpOnce) {
+            continue;
+        }
+        if given_up.is_some() && given_up != told {
             log::warn!("source {}: lost for too long, requests for absent blocks fail until it is back", shared.uri);
             shared.link_up.notify(usize::MAX);
         }
-        was_given_up = given_up;
+        told = given_up;
     }
 }

@@ -4,12 +4,14 @@ use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use event_listener::Event;
 use futures_channel::oneshot;
 
 use super::dial::Dialed;
+#[cfg(feature = "planted-faults")]
+use super::planted::{PlantedFault, is_planted};
 use super::read::{BadCover, FetchedData, HashAssembly, ReadAssembly};
 use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent};
@@ -18,13 +20,16 @@ use crate::nbd::{
     Ask, ChunkKind, ClientSession, Command, CommandFlags, FERRY_CHANGED, FERRY_CHANGED_ID, FERRY_IS_HOT, NbdError,
     ProtocolError, ReplyHeader, Request, StateFlags, Told,
 };
-use crate::uring::{BufferedReader, Connection, Mailbox, Part, spawn};
+use crate::uring::{BufferedReader, Connection, Mailbox, Part, now, spawn};
 
 /// Longest chunk payload that is read into the receive buffer rather than past it.
 const MAX_SMALL_PAYLOAD: usize = 8 << 10;
 
-/// Data is received in pieces of so many bytes: a slow link that delivers is told from a silent one.
-const RECEIVE_PIECE: usize = 256 << 10;
+/// Data is received in pieces, between so many bytes: a slow link that delivers is told from a silent one. They are as
+/// large as what comes in a short while.
+const RECEIVE_PIECE: (usize, usize) = (8 << 10, 256 << 10);
+/// A piece that takes longer is too large.
+const PIECE_TIME: Duration = Duration::from_millis(100);
 
 /// Why a request on a link came to nothing.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -102,6 +107,8 @@ struct Inner {
     alive: Cell<bool>,
     died: Event,
     last_heard: Cell<Instant>,
+    /// How large a piece of data is received at once.
+    piece: Cell<usize>,
     /// Given up because nothing was heard.
     silent_since: Cell<Option<Instant>>,
     stats: SourceStats,
@@ -120,7 +127,8 @@ impl Link {
             answers: Cell::new(0),
             alive: Cell::new(true),
             died: Event::new(),
-            last_heard: Cell::new(Instant::now()),
+            last_heard: Cell::new(now()),
+            piece: Cell::new(RECEIVE_PIECE.0),
             silent_since: Cell::new(None),
             stats,
         });
@@ -181,7 +189,7 @@ impl Link {
 
     /// Since when it counts as lost: see [`Link::close_silent`], else now.
     pub(super) fn lost_since(&self) -> Instant {
-        self.inner.silent_since.get().unwrap_or_else(Instant::now)
+        self.inner.silent_since.get().unwrap_or_else(now)
     }
 
     /// Gives the link up; its requests end with [`LinkError::Lost`].
@@ -275,7 +283,7 @@ impl Link {
         let cookie = self.inner.next_cookie.get();
         self.inner.next_cookie.set(cookie + 1);
         if self.inner.pending.borrow().is_empty() {
-            self.inner.last_heard.set(Instant::now());
+            self.inner.last_heard.set(now());
         }
         self.inner.pending.borrow_mut().insert(cookie, Pending { waiting: waiting(answer), error: None });
         let len = u32::try_from(range.len()).expect("callers ask for less than 4 GiB at once");
@@ -288,7 +296,7 @@ impl Link {
         loop {
             let result = self.receive_reply(&mut reader).await;
             self.inner.stats.add_received(reader.take_received_bytes());
-            self.inner.last_heard.set(Instant::now());
+            self.inner.last_heard.set(now());
             self.inner.receiving.set(false);
             if let Err(failure) = result {
                 return failure;
@@ -306,6 +314,8 @@ impl Link {
         }
         let header = ReplyHeader::decode(&common, extra)?;
         let cookie = header.cookie();
+        #[cfg(feature = "planted-faults")]
+        let cookie = self.misdirected(cookie);
         let taken = self.inner.pending.borrow_mut().remove(&cookie);
         let mut pending = taken.ok_or(LinkFailure::UnknownCookie(cookie))?;
         match header {
@@ -333,6 +343,19 @@ impl Link {
         Ok(())
     }
 
+    /// The cookie of another read of the same length, if there is one.
+    #[cfg(feature = "planted-faults")]
+    fn misdirected(&self, cookie: u64) -> u64 {
+        let pending = self.inner.pending.borrow();
+        let len_of = |cookie: &u64| match pending.get(cookie).map(|pending| &pending.waiting) {
+            Some(Waiting::Read { read, .. }) => Some(read.range().len()),
+            _ => None,
+        };
+        let len = len_of(&cookie).filter(|_| is_planted(PlantedFault::AnswerOfAnother));
+        let other = len.and_then(|_| pending.keys().filter(|other| **other != cookie && len_of(other) == len).min());
+        other.copied().unwrap_or(cookie)
+    }
+
     async fn simple_data(&self, reader: &mut BufferedReader, pending: &mut Pending) -> Result<(), LinkFailure> {
         match &mut pending.waiting {
             Waiting::Read { read, .. } => {
@@ -355,6 +378,8 @@ impl Link {
             (ChunkKind::None, _) => {}
             (ChunkKind::OffsetData, Waiting::Read { read, .. }) => {
                 let offset = decode_data_offset(small(reader, 8).await?.try_into().expect("read what was asked for"));
+                #[cfg(feature = "planted-faults")]
+                let offset = if is_planted(PlantedFault::AnswerOfAnother) { read.range().start } else { offset };
                 receive_data(reader, read, offset, len as u64 - 8, &self.inner).await?;
             }
             (ChunkKind::OffsetHole, Waiting::Read { read, .. }) => {
@@ -421,12 +446,18 @@ async fn receive_data(
     inner: &Inner,
 ) -> Result<(), LinkFailure> {
     let place = read.place(offset, len, false)?;
-    for start in place.clone().step_by(RECEIVE_PIECE) {
-        let piece = RECEIVE_PIECE.min(place.end - start);
+    let mut start = place.start;
+    while start < place.end {
+        let (asked, most) = (now(), inner.piece.get());
+        let piece = most.min(place.end - start);
         let (result, bytes) = reader.read_into(read.take_buffer(), start, piece).await;
         read.give_buffer(bytes);
         result?;
-        inner.last_heard.set(Instant::now());
+        start += piece;
+        let heard = now();
+        inner.last_heard.set(heard);
+        let better = if heard - asked > PIECE_TIME { most / 2 } else { most * 2 };
+        inner.piece.set(better.clamp(RECEIVE_PIECE.0, RECEIVE_PIECE.1));
     }
     inner.stats.add_data(len);
     Ok(())

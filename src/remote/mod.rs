@@ -15,12 +15,18 @@ mod dial;
 mod hot;
 mod keep;
 mod link;
+#[cfg(feature = "planted-faults")]
+mod planted;
 mod policy;
 mod read;
 mod source;
 mod stats;
 
 pub use dial::DialError;
+#[cfg(feature = "planted-faults")]
+pub(crate) use planted::is_planted;
+#[cfg(feature = "planted-faults")]
+pub use planted::{PlantedFault, plant};
 pub use policy::{LossPolicy, OnLoss, OnLossError};
 pub use read::FetchedData;
 pub use source::{Changed, Expect, HandOffError, Lost, Source, SourceEvents};

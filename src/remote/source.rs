@@ -13,15 +13,19 @@ use super::BULK_LINKS;
 use super::dial::{DialError, Spares, dial_first};
 use super::keep::{identify_in_time, keep_link, watch};
 use super::link::{Link, LinkError};
+#[cfg(feature = "planted-faults")]
+use super::planted::{PlantedFault, is_planted};
 use super::policy::{LossPolicy, OnLoss};
 use super::read::FetchedData;
 use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent, FetchError, Lane};
 use crate::nbd::{Ask, Base, Standing, Told, TransmissionFlags, Uri};
-use crate::uring::{Task, sleep, spawn};
+use crate::uring::{Task, now, sleep, spawn};
 
 /// How long the source may take to hear that it is not needed any more.
 const DONE_PATIENCE: Duration = Duration::from_secs(2);
+/// How long a fetch of hydration that has been asked for waits for a connection that is not demand's.
+const OWN_LINK_PATIENCE: Duration = Duration::from_millis(500);
 /// Longest range that is asked about at once: what was written there.
 const CHANGED_BYTES: u64 = 2 << 30;
 /// So many of these questions are under way.
@@ -292,12 +296,31 @@ impl Source {
         Ok(FetchedData::join(range, &pieces))
     }
 
+    /// Waits until hydration can ask without standing in anybody's way, or has to stand there. False: the source has been
+    /// lost for too long.
+    pub async fn takes_bulk(&self) -> bool {
+        self.shared.link(Lane::Bulk, Patience::Policy).await.is_some()
+    }
+
     async fn read_once(&self, range: ByteRange, lane: Lane) -> Result<FetchedData, FetchError> {
         loop {
-            let link = self.shared.link(lane, Patience::Policy).await.ok_or(FetchError::Unreachable)?;
+            let link = match lane {
+                Lane::Demand | Lane::Ahead => self.shared.link(lane, Patience::Policy).await,
+                // Somebody may have come to wait for these blocks: they take another way before they wait for long.
+                Lane::Bulk => {
+                    let own = self.shared.link(Lane::Bulk, Patience::Policy).boxed_local();
+                    match select(own, sleep(OWN_LINK_PATIENCE).boxed_local()).await {
+                        Either::Left((link, _)) => link,
+                        Either::Right(_) => self.shared.link(Lane::Demand, Patience::Policy).await,
+                    }
+                }
+            };
+            let link = link.ok_or(FetchError::Unreachable)?;
             match link.read(range).await {
                 Ok(data) => return Ok(data),
                 Err(LinkError::Refused(errno)) => return Err(FetchError::Refused(errno)),
+                #[cfg(feature = "planted-faults")]
+                Err(LinkError::Lost) if is_planted(PlantedFault::WaiterDropped) => std::future::pending().await,
                 Err(LinkError::Lost) => {}
             }
         }
@@ -414,7 +437,7 @@ impl Shared {
     pub(super) fn is_given_up(&self) -> bool {
         let too_long = |since: Instant| match self.policy.get() {
             OnLoss::Wait => false,
-            OnLoss::FailAfter(patience) => since.elapsed() >= patience,
+            OnLoss::FailAfter(patience) => now().duration_since(since) >= patience,
         };
         self.lost_since.get().is_some_and(too_long)
     }

@@ -51,6 +51,12 @@ impl Budget {
         }
     }
 
+    /// How much is lent out.
+    #[cfg(feature = "simulation")]
+    pub fn lent(&self) -> usize {
+        self.inner.limit - self.inner.free.get()
+    }
+
     /// Waits until all is back.
     pub async fn all_back(&self) {
         drop(self.take(self.inner.limit).await);

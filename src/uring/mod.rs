@@ -17,6 +17,7 @@
 
 mod budget;
 mod cached;
+mod clock;
 mod command;
 mod file;
 mod idle;
@@ -26,14 +27,27 @@ mod peer;
 mod probe;
 mod reactor;
 mod shared;
+#[cfg(feature = "simulation")]
+pub mod simulation;
 mod stream;
 
 pub use budget::{Budget, Lent};
+pub use clock::{lot, now};
 pub use command::{CommandRing, command};
-pub use file::{FileExtent, FileIo, PAGE_BYTES, ZeroMode};
-pub use net::{BindError, Connection, Listener, Part, bind_private};
+pub use file::{FileExtent, PAGE_BYTES, ZeroMode};
+pub use net::{BindError, Part, bind_private};
 pub use peer::{connect_to_living, is_dying};
 pub use probe::{UringError, require_io_uring};
-pub use reactor::{Mailbox, Reactor, Task, every, sleep, spawn};
+pub use reactor::{Mailbox, Reactor, Task};
 pub use shared::SharedWords;
 pub use stream::BufferedReader;
+
+#[cfg(not(feature = "simulation"))]
+pub use {
+    file::FileIo,
+    net::{Connection, Listener},
+    reactor::{sleep, spawn},
+};
+// The same, by the kernel or by a simulated world, whichever a thread is in.
+#[cfg(feature = "simulation")]
+pub use simulation::{Connection, FileIo, Listener, sleep, spawn};

@@ -377,13 +377,6 @@ pub async fn sleep(duration: Duration) {
     op.await.0.ok();
 }
 
-/// Calls `tick` every `period` until it returns false.
-pub async fn every(period: Duration, mut tick: impl FnMut() -> bool) {
-    while tick() {
-        sleep(period).await;
-    }
-}
-
 async fn listen_to_bell(shared: Arc<Shared>) {
     struct Bell {
         _shared: Arc<Shared>,

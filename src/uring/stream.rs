@@ -2,7 +2,7 @@
 
 use std::io;
 
-use super::net::Connection;
+use super::Connection;
 
 /// A connection with a receive buffer: many small messages for one system call.
 pub struct BufferedReader {

@@ -29,8 +29,7 @@ mod inspect;
 mod killed;
 mod power;
 mod record;
-#[allow(dead_code)]
-#[path = "../model/rng.rs"]
+#[path = "../common/rng.rs"]
 mod rng;
 mod sim;
 mod site;

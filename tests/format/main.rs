@@ -14,6 +14,5 @@ mod layout;
 mod lost;
 mod others;
 mod recovery;
-#[allow(dead_code)]
-#[path = "../model/rng.rs"]
+#[path = "../common/rng.rs"]
 mod rng;

@@ -27,11 +27,13 @@
 //! | run one seed, with a trace  | `BLKFERRY_MODEL_SEED=n`                           |
 
 mod carry;
+#[path = "../common/check.rs"]
 mod check;
 mod commit;
 mod disk;
 mod ending;
 mod guest;
+#[path = "../common/history.rs"]
 mod history;
 mod metadata;
 mod orders;
@@ -41,9 +43,13 @@ mod planted;
 mod power;
 mod race;
 mod random;
+#[path = "../common/rng.rs"]
 mod rng;
 mod runner;
+#[path = "../common/search.rs"]
+mod search;
 mod setup;
+#[path = "../common/stamp.rs"]
 mod stamp;
 mod stats;
 mod task;

@@ -10,7 +10,7 @@ use blkferry::engine::{ByteRange, Errno, Event, OpKind};
 use crate::check::Checked;
 use crate::disk::Survives;
 use crate::rng::Rng;
-use crate::runner::without_panic;
+use crate::search::without_panic;
 use crate::setup::{Initial, Setup};
 use crate::task::{Act, Stage, What};
 use crate::world::{Options, World};

@@ -1,5 +1,7 @@
 //! Counts of what happened, to prove that the cases are about something.
 
+use crate::search::Counts;
+
 /// See the fields.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Stats {
@@ -33,9 +35,8 @@ pub struct Stats {
     pub torn_pages: u64,
 }
 
-impl Stats {
-    /// Adds another run's counts.
-    pub fn add(&mut self, other: &Self) {
+impl Counts for Stats {
+    fn add(&mut self, other: &Self) {
         self.cases += other.cases;
         self.requests += other.requests;
         self.answers += other.answers;
@@ -56,7 +57,9 @@ impl Stats {
         self.cuts_in_commits += other.cuts_in_commits;
         self.torn_pages += other.torn_pages;
     }
+}
 
+impl Stats {
     /// Did every kind of thing happen?
     pub fn saw_everything(&self) -> bool {
         let counts = [

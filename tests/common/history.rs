@@ -9,6 +9,7 @@
 //!
 //! A write that failed may or may not have been done, at one moment between its beginning and its end: its
 //! cluster counts once a read has seen it. A power cut begins the history again, see [`History::lose_power`].
+#![allow(dead_code)] // Each test uses its part.
 
 use std::ops::Range;
 

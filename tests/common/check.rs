@@ -21,6 +21,7 @@ impl fmt::Display for Violation {
 pub type Checked<T = ()> = Result<T, Violation>;
 
 /// Goes on if the condition holds, else returns the violation.
+#[allow(unused_macros)] // Each test uses its part.
 macro_rules! ensure {
     ($holds:expr, $rule:literal, $($what:tt)+) => {
         if !$holds {
@@ -28,4 +29,5 @@ macro_rules! ensure {
         }
     };
 }
+#[allow(unused_imports)]
 pub(crate) use ensure;

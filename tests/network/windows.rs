@@ -1,0 +1,43 @@
+//! What is under way from a source is bounded (I10), and the bound is used.
+
+use std::rc::Rc;
+
+use blkferry::device::Mode;
+use blkferry::remote::OnLoss;
+
+use crate::case::Rig;
+use crate::search::without_panic;
+use crate::setup::Setup;
+
+const MIB: u64 = 1 << 20;
+
+/// Most bytes under way from the source while hydration fetches 64 MiB over a slow link.
+fn most_asked(single: bool) -> u64 {
+    let mut setup = Setup::random(0);
+    setup.block_bytes = 64 << 10;
+    setup.set_blocks(1024);
+    (setup.single, setup.policy, setup.guests, setup.mode) = (single, OnLoss::Wait, 0, Mode::Auto);
+    let rig = Rc::new(Rig::new(setup, false));
+    rig.weather.rate.set(MIB);
+    let main = rig.clone();
+    let result = without_panic(|| {
+        let done = rig.world.block_on(async move {
+            main.begin().await;
+            main.all_comes().await;
+        });
+        done.expect("time goes on");
+        Ok(())
+    });
+    let most = rig.judge.most_asked.get();
+    rig.close(result).checked.unwrap();
+    most
+}
+
+#[test]
+fn hydration_keeps_to_its_window_and_fills_it() {
+    // Of the two connections that are its own; and of the one that it shares with demand.
+    for (single, window) in [(false, 24 * MIB), (true, 4 * MIB)] {
+        let most = most_asked(single);
+        assert!(most <= window && most > window / 2, "{most} bytes under way, with a window of {window}");
+    }
+}
