@@ -40,6 +40,19 @@ def boot_s(bench, drive, started):
             machine.kill()
 
 
+def forget(image):
+    """Drops an image from the page cache."""
+    with open(image, "rb") as file:
+        os.fsync(file.fileno())
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def run_at_the_source(bench, image):
+    """What the source's page cache has of an image where the machine has run: what it used."""
+    forget(image)
+    boot_s(bench, f"file={image},format=raw,snapshot=on", time.monotonic())
+
+
 # Each: a new disk, cold; seconds, and MiB that crossed until then.
 
 def local(bench, image, _address):
@@ -49,8 +62,10 @@ def local(bench, image, _address):
     return took, 0
 
 
-def ferry(hydrate):
-    def one(bench, _image, address):
+def ferry(hydrate, hot=True):
+    def one(bench, image, address):
+        if not hot:
+            forget(image)
         with relay(bench, address, MBIT, RTT_MS) as link, ferried(bench, link.address, hydrate) as device:
             took = boot_s(bench, f"file={device.uri},format=raw", device.started)
             return took, link.bytes_to_client() / MIB
@@ -68,17 +83,20 @@ def copy_on_read(bench, _image, address):
 
 WAYS = {
     "local file": local, "QEMU copy-on-read": copy_on_read, "blkferry": ferry("auto"),
-    "blkferry, hydration off": ferry("off"),
+    "blkferry, nothing hot": ferry("auto", hot=False), "blkferry, hydration off": ferry("off"),
 }
 
 
 def tables(bench):
-    image = bench.path("debian")
+    # On a disk: all of a tmpfs is in the page cache.
+    image = bench.disk / "debian"
     run(bench.repo / "scripts/bench.d/boot-image", image)
     runs = {way: [] for way in WAYS}
     with export(bench, image) as (address, _):
         for _ in range(bench.rounds):
             for way, boot in WAYS.items():
+                if "nothing hot" not in way:
+                    run_at_the_source(bench, image)
                 runs[way].append(boot(bench, image, address))
     image.unlink()
     seconds = {way: median([took for took, _ in each]) for way, each in runs.items()}
@@ -95,6 +113,7 @@ def tables(bench):
         })
     yield (
         f"from the start of attach or of QEMU to the login prompt of a Debian with systemd, in an emulated machine, whose disk "
-        f"(356 MiB of data) is behind {MBIT} Mbit/s, RTT {RTT_MS} ms, nothing cached; boot loader, kernel and all come from it; "
+        f"(356 MiB of data) is behind {MBIT} Mbit/s, RTT {RTT_MS} ms, nothing cached; boot loader, kernel and all come from it; the machine has run at the source before, so that what it used is "
+        f"in the page cache there (but for the row that says otherwise); "
         f"wanted: ≤ {WANTED} × QEMU's copy-on-read", rows,
     )
