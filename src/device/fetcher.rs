@@ -21,6 +21,8 @@ use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, Task, UringErro
 
 /// Most bytes that one fetch asks for.
 pub const MAX_FETCH_BYTES: u64 = 1 << 20;
+/// What a fetch counts for at least: of small ones there are so many more under way, but not without end.
+pub(super) const SMALL_FETCH_BYTES: u64 = 32 << 10;
 /// Bytes that hydration may have in flight, on the wire or on their way into the cache.
 const BULK_WINDOW_BYTES: usize = 24 << 20;
 /// The same where demand shares the only connection: what is ahead of it there is what it waits for.

@@ -6,14 +6,12 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 
-use super::fetcher::{Fetcher, MAX_FETCH_BYTES};
+use super::fetcher::{Fetcher, MAX_FETCH_BYTES, SMALL_FETCH_BYTES};
 use super::gate::Phase;
 use super::hydration::{HydrationState, Mode, Pacer};
 use crate::engine::{Action, Event};
 use crate::uring::{Lent, now, sleep};
 
-/// What a fetch counts for at least: of small ones there are so many more under way, but not without end.
-pub(super) const SMALL_FETCH_BYTES: u64 = 32 << 10;
 /// Pause after a failure, before it tries again.
 const RETRY_PAUSE: Duration = Duration::from_secs(2);
 

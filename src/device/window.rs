@@ -13,8 +13,7 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use super::fetcher::MAX_FETCH_BYTES;
-use super::hydrator::SMALL_FETCH_BYTES;
+use super::fetcher::{MAX_FETCH_BYTES, SMALL_FETCH_BYTES};
 use crate::engine::Lane;
 
 /// How much longer than the fastest fetch one may take, at least: a link that stutters must not run dry.
@@ -99,7 +98,7 @@ impl Window {
             return;
         }
         let took = now.saturating_duration_since(at).max(Duration::from_micros(1));
-        let fastest = self.fastest(took, flying, now);
+        let fastest = self.fastest(took, flying - bytes, now);
         let wanted = fastest + QUEUE.max(fastest / QUEUE_PART);
         let began = self.began.get().unwrap_or(now);
         self.began.set(Some(began));
@@ -114,10 +113,10 @@ impl Window {
     }
 
     /// What the fastest takes, now that one took this.
-    fn fastest(&self, took: Duration, flying: u64, now: Instant) -> Duration {
+    fn fastest(&self, took: Duration, ahead: u64, now: Instant) -> Duration {
         let before = self.fastest.get();
-        // Nearly alone under way: what it took is what the link takes.
-        let proves = self.probing.get() && flying <= LEAST;
+        // With no more than the least ahead of it: what it took is what the link takes.
+        let proves = self.probing.get() && ahead < LEAST;
         if proves || before.is_none_or(|before| took <= before.took) {
             self.probing.set(false);
             self.fastest.set(Some(Fastest { took, at: now }));
@@ -135,9 +134,10 @@ impl Window {
 mod tests {
     use super::*;
 
-    /// A link in simulated time: fetches of a mebibyte, one after the other.
+    /// A link in simulated time: fetches of one size, one after the other.
     struct Link {
         window: Window,
+        fetch_bytes: u64,
         start: Instant,
         now_ms: f64,
         free_ms: f64,
@@ -147,7 +147,14 @@ mod tests {
     impl Link {
         fn new(limit: u64) -> Self {
             let flights = std::collections::VecDeque::new();
-            Self { window: Window::new(limit), start: Instant::now(), now_ms: 0.0, free_ms: 0.0, flights }
+            Self {
+                window: Window::new(limit),
+                fetch_bytes: 1 << 20,
+                start: Instant::now(),
+                now_ms: 0.0,
+                free_ms: 0.0,
+                flights,
+            }
         }
 
         fn at(&self, ms: f64) -> Instant {
@@ -160,8 +167,8 @@ mod tests {
             for _ in 0..fetches {
                 while self.window.has_room() {
                     self.free_ms = f64::max(self.free_ms, self.now_ms + rtt_ms) + fetch_ms;
-                    self.flights
-                        .push_back((self.window.depart(Lane::Bulk, 1 << 20, self.at(self.now_ms)), self.free_ms));
+                    let flight = self.window.depart(Lane::Bulk, self.fetch_bytes, self.at(self.now_ms));
+                    self.flights.push_back((flight, self.free_ms));
                 }
                 let (flight, arrives_ms) = self.flights.pop_front().unwrap();
                 self.now_ms = arrives_ms;
@@ -201,6 +208,22 @@ mod tests {
         link.run(20_000, 8.4, 120.0);
         let taken = link.run(10_000, 8.4, 120.0);
         assert!(taken > 0.97, "only {taken} of the link");
+    }
+
+    /// Of fetches that are no whole part of what is the least, a little more than that is under way while it is looked
+    /// for.
+    #[test]
+    fn the_fastest_time_is_found_again_with_fetches_of_any_size() {
+        for fetch_bytes in [1 << 20, (1 << 20) - 4096, 700 << 10, 64 << 10] {
+            let mut link = Link::new(24 << 20);
+            link.fetch_bytes = fetch_bytes;
+            let fetch_ms = 8.4 * fetch_bytes as f64 / (1 << 20) as f64;
+            link.run(500, fetch_ms, 10.0);
+            let three_minutes = (180_000.0 / fetch_ms) as usize;
+            link.run(three_minutes, fetch_ms, 120.0);
+            let taken = link.run(three_minutes, fetch_ms, 120.0);
+            assert!(taken > 0.9, "{fetch_bytes} bytes: only {taken} of the link");
+        }
     }
 
     #[test]

@@ -3,16 +3,19 @@
 //! Asked for on a connection of its own, beside everything else, so that neither a read nor hydration waits for it. What
 //! is told is not believed in any further than that it is fetched first: the connection need not prove whose disk it is.
 
+use std::time::Duration;
+
 use futures_util::future::{Either, select};
 use futures_util::{FutureExt, StreamExt, stream};
 
-use super::HOT_PATIENCE;
 use super::dial::dial_hot;
 use super::link::{Link, LinkError};
 use super::source::Source;
 use crate::engine::ByteRange;
 use crate::uring::sleep;
 
+/// How long the source may take to tell.
+const HOT_PATIENCE: Duration = Duration::from_secs(60);
 /// Longest range that is asked about at once.
 const ASKED_BYTES: u64 = 2 << 30;
 /// Questions under way.
@@ -37,11 +40,11 @@ impl Source {
             Ok(_) => return,
             Err(e) => return log::debug!("what is hot at the source cannot be asked: {e}"),
         };
-        let link = Link::start(dialed, self.stats().clone());
+        let link = Asked(Link::start(dialed, self.stats().clone()));
         let size = self.size_bytes();
         let ranges = (0..size).step_by(ASKED_BYTES as usize);
         let ranges = ranges.map(|start| ByteRange { start, end: size.min(start + ASKED_BYTES) });
-        let mut answers = stream::iter(ranges.map(|range| hot_in(&link, range))).buffered(QUESTIONS);
+        let mut answers = stream::iter(ranges.map(|range| hot_in(&link.0, range))).buffered(QUESTIONS);
         while let Some(answer) = answers.next().await {
             match answer {
                 Ok(ranges) if ranges.is_empty() => {}
@@ -52,28 +55,24 @@ impl Source {
                 }
             }
         }
-        drop(answers);
-        link.close();
     }
 }
 
-/// All of a range, however many answers that takes.
 async fn hot_in(link: &Link, range: ByteRange) -> Result<Vec<ByteRange>, LinkError> {
-    let mut found = Vec::new();
-    let mut at = range.start;
-    while at < range.end {
-        let told = link.hot(ByteRange { start: at, end: range.end }).await?;
-        let before = at;
-        for (len, hot) in told {
-            let end = range.end.min(at + len);
-            if hot {
-                found.push(ByteRange { start: at, end });
-            }
-            at = end;
-        }
-        if at == before {
-            break;
-        }
+    let mut end = range.start;
+    let told = link.hot(range).await?.into_iter().map(|(len, hot)| {
+        let start = end;
+        end += len;
+        (ByteRange { start, end }, hot)
+    });
+    Ok(told.filter(|(_, hot)| *hot).map(|(range, _)| range).collect())
+}
+
+/// A connection that is closed however the asking ends: also if it is given up in the middle.
+struct Asked(Link);
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        self.0.close();
     }
-    Ok(found)
 }

@@ -249,6 +249,7 @@ impl Link {
         self.marked(Command::BlockStatus, range, context, FERRY_IS_HOT).await
     }
 
+    /// All of a range, however many answers that takes.
     async fn marked(
         &self,
         command: Command,
@@ -256,8 +257,19 @@ impl Link {
         context: u32,
         bit: u32,
     ) -> Result<Vec<(u64, bool)>, LinkError> {
-        let waiting = |answer| Waiting::Marked { context, bit, stretches: Vec::new(), answer };
-        self.ask(command, range, waiting).await
+        let mut all = Vec::new();
+        let mut rest = range;
+        while !rest.is_empty() {
+            let waiting = |answer| Waiting::Marked { context, bit, stretches: Vec::new(), answer };
+            let told = self.ask(command, rest, waiting).await?;
+            let told_bytes: u64 = told.iter().map(|(len, _)| len).sum();
+            if told_bytes == 0 || told_bytes > rest.len() {
+                return Err(LinkError::Refused(Errno::EIO));
+            }
+            rest.start += told_bytes;
+            all.extend(told);
+        }
+        Ok(all)
     }
 
     async fn ask<T>(

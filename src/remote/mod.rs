@@ -38,8 +38,6 @@ use std::time::Duration;
 const BULK_LINKS: usize = 2;
 /// How long connecting may take, and the handshake after it.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the source may take to tell what it has in its page cache.
-const HOT_PATIENCE: Duration = Duration::from_secs(60);
 /// First and longest pause between two attempts to reconnect.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
 /// A link that lived for less than this and answered nothing was no good: reconnecting at once would hammer at its

@@ -373,24 +373,12 @@ impl Source {
         Ok(Changed { base: self.standing().and_then(|standing| standing.base), stretches })
     }
 
-    /// The same of a range; an answer may be short of its end.
     async fn changed_in(&self, range: ByteRange) -> Result<Vec<(u64, bool)>, HandOffError> {
-        let mut all = Vec::new();
-        let mut at = range.start;
-        while at < range.end {
-            let Some(link) = self.shared.pick(Lane::Demand) else { return Err(HandOffError::Lost) };
-            let told = link.changed(ByteRange { start: at, end: range.end }).await.map_err(|error| match error {
-                LinkError::Lost => HandOffError::Lost,
-                LinkError::Refused(errno) => HandOffError::Refused(errno),
-            })?;
-            let told_bytes: u64 = told.iter().map(|(len, _)| len).sum();
-            if told_bytes == 0 || told_bytes > range.end - at {
-                return Err(HandOffError::Refused(Errno::EIO));
-            }
-            at += told_bytes;
-            all.extend(told);
-        }
-        Ok(all)
+        let Some(link) = self.shared.pick(Lane::Demand) else { return Err(HandOffError::Lost) };
+        link.changed(range).await.map_err(|error| match error {
+            LinkError::Lost => HandOffError::Lost,
+            LinkError::Refused(errno) => HandOffError::Refused(errno),
+        })
     }
 
     /// Hashes of a range, a blkferry source's.
