@@ -51,8 +51,17 @@ impl Qemu {
 
     /// A word with it, while nobody else has one.
     pub fn ask(&self, command: &str) -> Result<Value, String> {
+        self.ask_with(command, json!({}))
+    }
+
+    fn ask_with(&self, command: &str, arguments: Value) -> Result<Value, String> {
         let mut qmp = Qmp::connect(&Address::Unix(self.qmp.clone()), "QEMU").map_err(|e| e.to_string())?;
-        qmp.execute(command, json!({})).map_err(|e| e.to_string())
+        qmp.execute(command, arguments).map_err(|e| e.to_string())
+    }
+
+    /// How fast its guest's memory may leave it.
+    pub fn limit_memory(&self, bytes_per_s: u64) {
+        self.ask_with("migrate-set-parameters", json!({ "max-bandwidth": bytes_per_s })).unwrap();
     }
 
     pub fn runs(&self) -> bool {
