@@ -1,7 +1,7 @@
 //! Keeping the source's links up: dialling again, and looking whether it still is the same disk.
 
 use std::rc::Rc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use futures_util::FutureExt;
 use futures_util::future::{Either, select};
@@ -165,13 +165,21 @@ pub(super) async fn watch(shared: Rc<Shared>) {
         if is_planted(PlantedFault::SilenceUnnoticed) {
             continue;
         }
-        let silent =
-            alive().filter_map(Link::silent_since).filter(|since| now().duration_since(*since) > silence).min();
-        if let Some(since) = silent {
-            log::warn!("source {}: no answer for {} s, connections given up", shared.uri, silence.as_secs_f32());
+        alive().for_each(|link| shared.silence.hear(link.heard()));
+        shared.silence.count(shared.stats.received_bytes(), now());
+        let too_long = |since: &Instant| now().duration_since(*since) > silence;
+        // On one connection, or on all of them together: requests of one that broke are with another.
+        let of_one = alive().filter_map(Link::silent_since).filter(too_long).min();
+        let of_all = shared.silence.since().filter(too_long);
+        let is_no_better = |link: &&Link, since: Instant| {
             // Those that nothing was asked of meanwhile are no better: who waits would wait as long again on them.
-            let others = alive().filter(|link| !link.heard_after(since + WATCH_PERIOD));
-            others.for_each(|link| link.close_silent(since));
+            of_all.is_some() || link.silent_since().unwrap_or(link.heard()) <= since + WATCH_PERIOD
+        };
+        if let Some(since) = of_all.or(of_one)
+            && alive().next().is_some()
+        {
+            log::warn!("source {}: no answer for {} s, connections given up", shared.uri, silence.as_secs_f32());
+            alive().filter(|link| is_no_better(link, since)).for_each(|link| link.close_silent(since));
         }
         drop(slots);
         let given_up = shared.lost_since.get().filter(|_| shared.is_given_up());

@@ -107,6 +107,8 @@ struct Inner {
     alive: Cell<bool>,
     died: Event,
     last_heard: Cell<Instant>,
+    /// When the first of the requests that wait was made, of those that are left without a pause.
+    asked: Cell<Instant>,
     /// How large a piece of data is received at once.
     piece: Cell<usize>,
     /// Given up because nothing was heard.
@@ -128,6 +130,7 @@ impl Link {
             alive: Cell::new(true),
             died: Event::new(),
             last_heard: Cell::new(now()),
+            asked: Cell::new(now()),
             piece: Cell::new(RECEIVE_PIECE.0),
             silent_since: Cell::new(None),
             stats,
@@ -161,9 +164,15 @@ impl Link {
         self.inner.pending.borrow().len()
     }
 
-    /// When the source was heard last, if requests wait for it.
+    /// Since when the source has said nothing here, if requests wait for it.
     pub(super) fn silent_since(&self) -> Option<Instant> {
-        (self.load() > 0 || self.inner.receiving.get()).then(|| self.inner.last_heard.get())
+        let is_awaited = self.load() > 0 || self.inner.receiving.get();
+        is_awaited.then(|| self.heard().max(self.inner.asked.get()))
+    }
+
+    /// When the source was heard here last.
+    pub(super) fn heard(&self) -> Instant {
+        self.inner.last_heard.get()
     }
 
     /// Waits for the end of the link.
@@ -180,11 +189,6 @@ impl Link {
     pub(super) fn close_silent(&self, since: Instant) {
         self.inner.silent_since.set(Some(since));
         self.close();
-    }
-
-    /// Has it been heard after this?
-    pub(super) fn heard_after(&self, when: Instant) -> bool {
-        self.inner.last_heard.get() > when
     }
 
     /// Since when it counts as lost: see [`Link::close_silent`], else now.
@@ -295,7 +299,7 @@ impl Link {
         let cookie = self.inner.next_cookie.get();
         self.inner.next_cookie.set(cookie + 1);
         if self.inner.pending.borrow().is_empty() {
-            self.inner.last_heard.set(now());
+            self.inner.asked.set(now());
         }
         self.inner.pending.borrow_mut().insert(cookie, Pending { waiting: waiting(answer), error: None });
         let len = u32::try_from(range.len()).expect("callers ask for less than 4 GiB at once");

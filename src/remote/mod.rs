@@ -19,6 +19,7 @@ mod link;
 mod planted;
 mod policy;
 mod read;
+mod silence;
 mod source;
 mod stats;
 

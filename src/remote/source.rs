@@ -17,6 +17,7 @@ use super::link::{Link, LinkError};
 use super::planted::{PlantedFault, is_planted};
 use super::policy::{LossPolicy, OnLoss};
 use super::read::FetchedData;
+use super::silence::Silence;
 use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent, FetchError, Lane};
 use crate::nbd::{Ask, Base, Standing, Told, TransmissionFlags, Uri};
@@ -86,6 +87,7 @@ pub(super) struct Shared {
     /// Since when no link has been left.
     pub(super) lost_since: Cell<Option<Instant>>,
     pub(super) policy: LossPolicy,
+    pub(super) silence: Silence,
     /// Nobody wants links any more.
     pub(super) hung_up: Cell<bool>,
 }
@@ -165,11 +167,12 @@ impl Source {
             events: RefCell::new(None),
             lost_since: Cell::new(None),
             policy,
+            silence: Silence::new(now()),
             hung_up: Cell::new(false),
         });
         shared.set(0, Some(link));
-        let silence = spawn(watch(shared.clone()));
-        Ok(Self { shared, tasks: RefCell::new(vec![silence]), spares: RefCell::new(spares) })
+        let watching = spawn(watch(shared.clone()));
+        Ok(Self { shared, tasks: RefCell::new(vec![watching]), spares: RefCell::new(spares) })
     }
 
     /// Waits until no link is left. For those who do not have links kept up.
@@ -303,6 +306,7 @@ impl Source {
     }
 
     async fn read_once(&self, range: ByteRange, lane: Lane) -> Result<FetchedData, FetchError> {
+        let mut asking = None;
         loop {
             let link = match lane {
                 Lane::Demand | Lane::Ahead => self.shared.link(lane, Patience::Policy).await,
@@ -316,6 +320,7 @@ impl Source {
                 }
             };
             let link = link.ok_or(FetchError::Unreachable)?;
+            asking.get_or_insert_with(|| self.shared.silence.ask(now()));
             match link.read(range).await {
                 Ok(data) => return Ok(data),
                 Err(LinkError::Refused(errno)) => return Err(FetchError::Refused(errno)),
