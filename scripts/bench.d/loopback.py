@@ -15,9 +15,12 @@ def loopback(bench):
             "blkferry ← blkferry export": (ferry_it, ours, server), "nbdcopy ← blkferry export": (copy_it, ours, server),
             "blkferry ← nbdkit file": (ferry_it, theirs, kit), "nbdcopy ← nbdkit file": (copy_it, theirs, kit),
         }
-        # The first one is not counted: memory that a virtual machine has never used costs its first user dearly.
+        # The first one is not counted: memory that a virtual machine has never used costs its first user dearly. And who
+        # comes after whom changes: what one gives back is the next one's, or the host's.
+        order = list(ways.items())
         for number in range(1 + bench.rounds):
-            for name, (move, address, serving) in ways.items():
+            order = order[1:] + order[:1] if number % 2 else order[::-1]
+            for name, (move, address, serving) in order:
                 before = cpu_s(serving.pid)
                 took, used = move(bench, address)
                 if number > 0:
