@@ -53,6 +53,7 @@ pub(super) async fn keep_link(shared: Rc<Shared>, slot: usize, mut spare: Option
         if let Some(link) = held {
             let (since, answers) = (now(), link.answers());
             link.dead().await;
+            shared.silence.hear(link.heard());
             shared.set(slot, None);
             log::warn!("source {}: connection {slot} lost", shared.uri);
             shared.report_lost("the connection was lost".into(), link.lost_since());

@@ -312,11 +312,11 @@ impl Link {
         loop {
             let result = self.receive_reply(&mut reader).await;
             self.inner.stats.add_received(reader.take_received_bytes());
-            self.inner.last_heard.set(now());
             self.inner.receiving.set(false);
             if let Err(failure) = result {
                 return failure;
             }
+            self.inner.last_heard.set(now());
         }
     }
 

@@ -414,11 +414,13 @@ impl Shared {
         }
     }
 
-    /// `since`: when it was heard last, or when the loss was noticed.
+    /// `since`: when it was heard last, or when the loss was noticed. Whoever waited in silence before that has waited
+    /// already.
     pub(super) fn report_lost(&self, reason: String, since: Instant) {
         if self.stats.links() == 0 {
             if self.lost_since.get().is_none() {
-                self.lost_since.set(Some(since));
+                let silent_since = self.silence.since().unwrap_or(since);
+                self.lost_since.set(Some(since.min(silent_since)));
             }
             if let Some(events) = &*self.events.borrow() {
                 events.lost(Lost { reason });
