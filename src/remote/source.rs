@@ -108,6 +108,15 @@ pub enum Expect {
     Contents,
     /// The same disk: it may still be written there.
     Disk(Uuid),
+/// What is known before the first word with a source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Beforehand {
+    /// [`Source::keep_up`] will follow.
+    pub keeps_up: bool,
+    /// It can only be a blkferry export: one word less is waited for.
+    pub known_ferry: bool,
+}
+
     /// The same contents, of a disk that still is given to us.
     Gift {
         /// Our own disk.
@@ -127,10 +136,11 @@ enum Patience {
 }
 
 impl Source {
-    /// Connects for the first time and learns what the source is. With `keeps_up`, [`Source::keep_up`] will follow.
-    pub async fn open(uri: Uri, policy: LossPolicy, keeps_up: bool) -> Result<Self, DialError> {
+    /// Connects for the first time and learns what the source is.
+    pub async fn open(uri: Uri, policy: LossPolicy, beforehand: Beforehand) -> Result<Self, DialError> {
         let stats = SourceStats::default();
-        let (dialed, spares) = dial_first(&uri, &stats, if keeps_up { BULK_LINKS } else { 0 }).await?;
+        let spares = if beforehand.keeps_up { BULK_LINKS } else { 0 };
+        let (dialed, spares) = dial_first(&uri, &stats, beforehand.known_ferry, spares).await?;
         let link = Link::start(dialed, stats.clone());
         let Some(identified) = identify_in_time(&link).await else {
             link.close();
