@@ -266,41 +266,13 @@ impl Fetcher {
                     spawn(async move { drop(answer.send(this.read_through(range).await)) }).detach();
                 }
                 FetchRequest::HandOff { ask, answer } => {
-                    let source = self.source();
-                    spawn(async move {
-                        let told = match source {
-                            Some(source) => source.hand_off(&ask).await,
-                            None => Err(HandOffError::Lost),
-                        };
-                        // Whoever asked may have given up.
-                        let _ = answer.send(told);
-                    })
-                    .detach();
+                    self.ask_source(answer, async move |source| source.hand_off(&ask).await);
                 }
-                FetchRequest::Identify { answer } => {
-                    let source = self.source();
-                    spawn(async move {
-                        let identity = match source {
-                            Some(source) => source.identify().await,
-                            None => Err(HandOffError::Lost),
-                        };
-                        // Whoever asked may have given up.
-                        let _ = answer.send(identity);
-                    })
-                    .detach();
+                FetchRequest::HandOffAndTell { ask, answer } => {
+                    self.ask_source(answer, async move |source| source.hand_off_and_tell(&ask).await);
                 }
-                FetchRequest::Changed { answer } => {
-                    let source = self.source();
-                    spawn(async move {
-                        let changed = match source {
-                            Some(source) => source.changed().await,
-                            None => Err(HandOffError::Lost),
-                        };
-                        // Whoever asked may have given up.
-                        let _ = answer.send(changed);
-                    })
-                    .detach();
-                }
+                FetchRequest::Identify { answer } => self.ask_source(answer, async |source| source.identify().await),
+                FetchRequest::Changed { answer } => self.ask_source(answer, async |source| source.changed().await),
                 FetchRequest::Expect { expect, identity } => {
                     self.source().iter().for_each(|source| source.expect(expect, identity.clone()));
                 }
@@ -309,6 +281,24 @@ impl Fetcher {
                 }
             }
         }
+    }
+
+    /// Asks the source something that is no business of the engine's.
+    fn ask_source<T: 'static>(
+        &self,
+        answer: Sender<Result<T, HandOffError>>,
+        question: impl AsyncFnOnce(Rc<Source>) -> Result<T, HandOffError> + 'static,
+    ) {
+        let source = self.source();
+        spawn(async move {
+            let told = match source {
+                Some(source) => question(source).await,
+                None => Err(HandOffError::Lost),
+            };
+            // Whoever asked may have given up.
+            let _ = answer.send(told);
+        })
+        .detach();
     }
 
     async fn read_through(&self, range: ByteRange) -> Result<Vec<Part>, Errno> {

@@ -5,6 +5,7 @@
 mod common;
 
 mod back;
+mod breath;
 #[path = "../common/client.rs"]
 mod client;
 mod image;
