@@ -314,6 +314,12 @@ fn is_image(cache: &std::path::Path) -> bool {
     Record::path_of(cache).exists()
 }
 
+/// Is it somebody's image, whose disk is elsewhere?
+fn is_given_away(cache: &std::path::Path) -> bool {
+    // A record that cannot be read is told of when it matters.
+    Record::read(&Record::path_of(cache)).is_ok_and(|record| record.is_some_and(|record| !record.deed.is_here()))
+}
+
 /// A file that a device was made of and never completed holds zeros where its blocks should be, and one that was given
 /// away is somebody else's: neither is an image that can be served. One that has a record of who has it says so itself.
 pub fn refuse_cache(image: &std::path::Path) -> Result<(), DaemonError> {

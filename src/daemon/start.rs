@@ -12,7 +12,7 @@ use crossbeam::channel::{Receiver, Sender};
 use super::export_side::ExportSide;
 use super::handler::{DaemonHandler, DeviceFacts, Meters, Sides};
 use super::hands::{Hands, Landing, phase_of, right_of};
-use super::{Daemon, DaemonError, DaemonOptions, Standby, Wish, ublk};
+use super::{Daemon, DaemonError, DaemonOptions, Standby, Wish, is_given_away, ublk};
 use crate::cache::{
     Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Superblock, Whole,
     default_metadata_path, peek,
@@ -347,13 +347,15 @@ fn open_source(
         if state != Some(CacheState::Away) {
             return Err(DaemonError::NeedsSource(options.cache.clone()));
         }
-        return Ok(FetchThread::start(None, policy.clone())?);
+        return Ok(FetchThread::start(None, false, policy.clone())?);
     }
-    match FetchThread::start(Some(options.source.clone()), policy.clone()) {
+    // Nobody else could give this disk back, or would be taken for whoever gave it.
+    let known_ferry = is_given_away(&options.cache) || known.is_some_and(|superblock| superblock.gift.is_some());
+    match FetchThread::start(Some(options.source.clone()), known_ferry, policy.clone()) {
         Ok(opened) => Ok(opened),
         Err(FetchThreadError::Dial(e)) if complete => {
             log::info!("the cache is complete, going on without its source ({e})");
-            Ok(FetchThread::start(None, policy.clone())?)
+            Ok(FetchThread::start(None, false, policy.clone())?)
         }
         Err(FetchThreadError::Dial(e)) if state == Some(CacheState::Away) => Err(DaemonError::SourceGone(e)),
         Err(e) => Err(e.into()),

@@ -16,7 +16,9 @@ use super::verify::{Verifier, verify};
 use super::window::Window;
 use crate::engine::{BlockRun, ByteRange, Errno, Event, Extent, FetchError, FetchId, Lane};
 use crate::nbd::{Standing, Uri};
-use crate::remote::{DialError, FetchedData, HandOffError, LossPolicy, Lost, Source, SourceEvents, SourceStats};
+use crate::remote::{
+    Beforehand, DialError, FetchedData, HandOffError, LossPolicy, Lost, Source, SourceEvents, SourceStats,
+};
 use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, Task, UringError, ZeroMode, now, spawn};
 
 /// Most bytes that one fetch asks for.
@@ -77,8 +79,13 @@ pub struct FetchThread {
 }
 
 impl FetchThread {
-    /// Starts the thread and connects to the source. Without one (a complete cache) it only verifies.
-    pub fn start(source: Option<Uri>, policy: LossPolicy) -> Result<(Self, Option<SourceHello>), FetchThreadError> {
+    /// Starts the thread and connects to the source. Without one (a complete cache) it only verifies. `known_ferry`: it
+    /// can only be a blkferry export.
+    pub fn start(
+        source: Option<Uri>,
+        known_ferry: bool,
+        policy: LossPolicy,
+    ) -> Result<(Self, Option<SourceHello>), FetchThreadError> {
         let mailbox = Mailbox::default();
         let requests = mailbox.clone();
         let (said, hello) = crossbeam::channel::bounded(1);
@@ -87,7 +94,10 @@ impl FetchThread {
                 Ok(reactor) => reactor,
                 Err(e) => return drop(said.send(Err(e.into()))),
             };
-            reactor.block_on(fetch_main(source, policy, requests, said)).expect("a ring that worked goes on working");
+            let beforehand = Beforehand { keeps_up: true, known_ferry };
+            reactor
+                .block_on(fetch_main(source, policy, beforehand, requests, said))
+                .expect("a ring that worked goes on working");
         };
         let handle = std::thread::Builder::new().name("fetch".into()).spawn(run)?;
         let hello = hello.recv().unwrap_or_else(|_| Err(io::Error::other("it ended at once").into()))?;
@@ -138,10 +148,16 @@ impl SourceHello {
     }
 }
 
-async fn fetch_main(uri: Option<Uri>, policy: LossPolicy, requests: Mailbox<FetchRequest>, said: Said) {
+async fn fetch_main(
+    uri: Option<Uri>,
+    policy: LossPolicy,
+    beforehand: Beforehand,
+    requests: Mailbox<FetchRequest>,
+    said: Said,
+) {
     let source = match uri {
         None => None,
-        Some(uri) => match Source::open(uri, policy, true).await {
+        Some(uri) => match Source::open(uri, policy, beforehand).await {
             Ok(source) => Some(source),
             Err(e) => return drop(said.send(Err(e.into()))),
         },
@@ -250,41 +266,13 @@ impl Fetcher {
                     spawn(async move { drop(answer.send(this.read_through(range).await)) }).detach();
                 }
                 FetchRequest::HandOff { ask, answer } => {
-                    let source = self.source();
-                    spawn(async move {
-                        let told = match source {
-                            Some(source) => source.hand_off(&ask).await,
-                            None => Err(HandOffError::Lost),
-                        };
-                        // Whoever asked may have given up.
-                        let _ = answer.send(told);
-                    })
-                    .detach();
+                    self.ask_source(answer, async move |source| source.hand_off(&ask).await);
                 }
-                FetchRequest::Identify { answer } => {
-                    let source = self.source();
-                    spawn(async move {
-                        let identity = match source {
-                            Some(source) => source.identify().await,
-                            None => Err(HandOffError::Lost),
-                        };
-                        // Whoever asked may have given up.
-                        let _ = answer.send(identity);
-                    })
-                    .detach();
+                FetchRequest::HandOffAndTell { ask, answer } => {
+                    self.ask_source(answer, async move |source| source.hand_off_and_tell(&ask).await);
                 }
-                FetchRequest::Changed { answer } => {
-                    let source = self.source();
-                    spawn(async move {
-                        let changed = match source {
-                            Some(source) => source.changed().await,
-                            None => Err(HandOffError::Lost),
-                        };
-                        // Whoever asked may have given up.
-                        let _ = answer.send(changed);
-                    })
-                    .detach();
-                }
+                FetchRequest::Identify { answer } => self.ask_source(answer, async |source| source.identify().await),
+                FetchRequest::Changed { answer } => self.ask_source(answer, async |source| source.changed().await),
                 FetchRequest::Expect { expect, identity } => {
                     self.source().iter().for_each(|source| source.expect(expect, identity.clone()));
                 }
@@ -293,6 +281,24 @@ impl Fetcher {
                 }
             }
         }
+    }
+
+    /// Asks the source something that is no business of the engine's.
+    fn ask_source<T: 'static>(
+        &self,
+        answer: Sender<Result<T, HandOffError>>,
+        question: impl AsyncFnOnce(Rc<Source>) -> Result<T, HandOffError> + 'static,
+    ) {
+        let source = self.source();
+        spawn(async move {
+            let told = match source {
+                Some(source) => question(source).await,
+                None => Err(HandOffError::Lost),
+            };
+            // Whoever asked may have given up.
+            let _ = answer.send(told);
+        })
+        .detach();
     }
 
     async fn read_through(&self, range: ByteRange) -> Result<Vec<Part>, Errno> {

@@ -70,7 +70,9 @@ impl Fetcher {
                 continue;
             }
             hydration.set_state(HydrationState::Running);
-            asks_what_is_hot.get_or_insert_with(|| self.ask_what_is_hot());
+            if !self.core.maps().lacks_little() {
+                asks_what_is_hot.get_or_insert_with(|| self.ask_what_is_hot());
+            }
             self.hydrate_step(share, mode, &mut pacer).await;
         }
     }

@@ -65,6 +65,11 @@ pub(crate) enum FetchRequest {
         ask: Ask,
         answer: Sender<Result<Told, HandOffError>>,
     },
+    /// The same, and what was written as it is after that.
+    HandOffAndTell {
+        ask: Ask,
+        answer: Sender<Result<(Told, Option<Changed>), HandOffError>>,
+    },
     /// What the source's contents are known by now.
     Identify {
         answer: Sender<Result<String, HandOffError>>,

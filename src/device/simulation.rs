@@ -19,7 +19,7 @@ use super::queue::Queue;
 use crate::cache::{Cache, CacheOptions, OpenError, SourceFacts};
 use crate::engine::{Engine, EngineConfig};
 use crate::nbd::Uri;
-use crate::remote::{DialError, LossPolicy, Source};
+use crate::remote::{Beforehand, DialError, LossPolicy, Source};
 use crate::uring::{Mailbox, now, sleep, spawn};
 
 /// Why a device did not come up.
@@ -52,7 +52,7 @@ impl Simulated {
         mode: Mode,
         commit_delay: impl Fn() -> Duration + 'static,
     ) -> Result<Self, StartError> {
-        let source = Source::open(uri.clone(), policy, true).await?;
+        let source = Source::open(uri.clone(), policy, Beforehand { keeps_up: true, known_ferry: false }).await?;
         let hello = SourceHello::of(&source);
         let (size_bytes, identity) = (hello.size_bytes, hello.identity);
         let facts = SourceFacts { uri: uri.to_string(), size_bytes, identity, disk: None };

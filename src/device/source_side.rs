@@ -25,6 +25,13 @@ impl SourceSide {
         told.recv_timeout(patience).unwrap_or(Err(HandOffError::Lost))
     }
 
+    /// The same, and what was written as it is after that; `None`: it has to be asked for itself.
+    pub fn hand_off_and_tell(&self, ask: Ask, patience: Duration) -> Result<(Told, Option<Changed>), HandOffError> {
+        let (answer, told) = crossbeam::channel::bounded(1);
+        self.mailbox.send(FetchRequest::HandOffAndTell { ask, answer });
+        told.recv_timeout(patience).unwrap_or(Err(HandOffError::Lost))
+    }
+
     /// What a foreign server's contents are known by now.
     pub fn identify(&self, patience: Duration) -> Result<String, HandOffError> {
         let (answer, identity) = crossbeam::channel::bounded(1);

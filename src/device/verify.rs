@@ -15,7 +15,7 @@ use super::core::Core;
 use super::messages::{FetchRequest, VerifyMessage, VerifyProgress, VerifyReport, VerifyRequest};
 use crate::engine::{BlockRun, ByteRange, Lane};
 use crate::nbd::UriError;
-use crate::remote::{LossPolicy, OnLoss, Source};
+use crate::remote::{Beforehand, LossPolicy, OnLoss, Source};
 use crate::server::HASH_PIECE_BYTES;
 use crate::uring::{FileIo, Mailbox, sleep};
 
@@ -70,8 +70,9 @@ pub(super) async fn verify(core: Arc<Core>, cache: FileIo, request: VerifyReques
 }
 
 async fn compare(core: &Core, cache: &FileIo, request: &VerifyRequest) -> Result<VerifyReport, String> {
-    let source =
-        Source::open(request.uri.clone(), LossPolicy::new(OnLoss::Wait), false).await.map_err(|e| e.to_string())?;
+    let source = Source::open(request.uri.clone(), LossPolicy::new(OnLoss::Wait), Beforehand::default())
+        .await
+        .map_err(|e| e.to_string())?;
     if source.identity() != request.identity {
         let (now, then) = (source.identity(), &request.identity);
         return Err(format!(

@@ -8,6 +8,9 @@
 //! is spent on waiting.
 //!
 //! What is known to be *hot* comes before all that, where the source sends zeros as holes: so no question is needed.
+//!
+//! Of little that is absent here and there, as of a disk that comes home, nothing is asked: the answer would be about the
+//! rest of the disk, and would keep the source from sending what is wanted.
 
 use std::collections::VecDeque;
 use std::num::NonZeroU64;
@@ -18,6 +21,11 @@ use super::maps::Maps;
 
 /// Bytes of the device that one extents query asks about: few round trips, and an answer of bounded length.
 const QUERY_BYTES: u64 = 1 << 30;
+
+/// Absent bytes that are little: what is under way to the source at a time.
+const LITTLE_BYTES: u64 = 24 << 20;
+/// The same as a part of the disk.
+const LITTLE_PART: u64 = 16;
 
 /// A stretch of the source, as it describes it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -155,6 +163,7 @@ impl Planner {
             match self.extents.front() {
                 Some((run, zero)) if run.contains(start) => (run.end.min(until), *zero),
                 _ if self.asked.is_some_and(|asked| self.compact && asked.contains(start)) => (until, false),
+                _ if self.compact && maps.lacks_little() => (until, false),
                 _ if self.asked.is_some() => return Next::Wait,
                 _ => {
                     let run =
@@ -187,6 +196,15 @@ impl Planner {
         if self.extents.is_empty() {
             self.extents.push_back((asked, false));
         }
+    }
+}
+
+impl Maps {
+    /// Is so little absent that all of it can be fetched in the time of a question?
+    pub fn lacks_little(&self) -> bool {
+        let geometry = self.geometry();
+        let little = geometry.blocks_in(LITTLE_BYTES).get().min(geometry.blocks() / LITTLE_PART);
+        self.absent_count() <= little
     }
 }
 
@@ -272,6 +290,20 @@ mod tests {
         planner.answer(g, &[extent(4096 * 10, false), extent(4096 * 10, true)]);
         assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(8, 10)));
         assert_eq!(planner.next(&maps, &none, max), Next::Zero(BlockRun::new(10, 20)));
+    }
+
+    #[test]
+    fn of_little_nothing_is_asked() {
+        let g = Geometry::new(64 * 4096, 4096).unwrap();
+        let (maps, max, none) = (Maps::in_memory(g), g.blocks_in(4096 * 4), Inflight::default());
+        maps.mark_present(BlockRun::new(4, 63));
+        assert!(!maps.lacks_little(), "one more than the sixteenth part");
+        assert!(matches!(Planner::new(true, true).next(&maps, &none, max), Next::Query(_)));
+        maps.mark_present(BlockRun::new(0, 1));
+        assert!(maps.lacks_little());
+        assert_eq!(Planner::new(true, true).next(&maps, &none, max), Next::Fetch(BlockRun::new(1, 4)));
+        // Zeros that would cross as data are asked for all the same.
+        assert!(matches!(Planner::new(true, false).next(&maps, &none, max), Next::Query(_)));
     }
 
     #[test]

@@ -193,6 +193,8 @@ impl Disk for OnwardDisk {
     }
 
     async fn changed(&self, range: ByteRange, max: usize) -> Result<Vec<(u64, bool)>, NbdError> {
+        // Who asks in the same breath as for the disk wants to know how it is after that.
+        let _turn = self.handing_off.lock().await;
         let (maps, geometry) = (self.queue.core().maps(), self.queue.core().geometry());
         let blocks = geometry.covering(range);
         let mut stretches: Vec<(u64, bool)> = Vec::new();

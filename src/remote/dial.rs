@@ -80,10 +80,15 @@ pub(super) async fn dial_hot(uri: &Uri, stats: &SourceStats) -> Result<Dialed, D
 pub(super) type Spare = Task<Result<Dialed, DialError>>;
 pub(super) type Spares = Vec<Spare>;
 
-/// Connects to a source of which nothing is known. If it turns out to be far away, `spares` more connections are made
-/// meanwhile, which go on as soon as it turns out to be a blkferry export: all come up together. To any other server
-/// they say nothing.
-pub(super) async fn dial_first(uri: &Uri, stats: &SourceStats, spares: usize) -> Result<(Dialed, Spares), DialError> {
+/// Connects to a source of which nothing is known, or that it is a blkferry export. If it turns out to be far away,
+/// `spares` more connections are made meanwhile, which go on as soon as it turns out to be one: all come up together. To
+/// any other server they say nothing.
+pub(super) async fn dial_first(
+    uri: &Uri,
+    stats: &SourceStats,
+    known_ferry: bool,
+    spares: usize,
+) -> Result<(Dialed, Spares), DialError> {
     in_time(uri, async {
         let before = now();
         let found = Rc::new(Found::default());
@@ -100,7 +105,7 @@ pub(super) async fn dial_first(uri: &Uri, stats: &SourceStats, spares: usize) ->
         };
         let connection = connect(uri).await?;
         look(None);
-        let dialed = shake_hands(uri, connection, stats, wants(false), |handshake| look(Some(handshake))).await?;
+        let dialed = shake_hands(uri, connection, stats, wants(known_ferry), |handshake| look(Some(handshake))).await?;
         let welcome = found.rung.get() && dialed.session.flags.contains(TransmissionFlags::CAN_MULTI_CONN);
         Ok((dialed, if welcome { started.take() } else { Spares::new() }))
     })

@@ -58,6 +58,12 @@ pub(super) enum LinkFailure {
 
 type Answer<T> = oneshot::Sender<Result<T, LinkError>>;
 
+/// A request of this link.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Asked {
+    cookie: u64,
+}
+
 enum Waiting {
     Read {
         read: ReadAssembly,
@@ -79,6 +85,8 @@ enum Waiting {
     Marked {
         context: u32,
         bit: u32,
+        /// What is to be answered before this.
+        after: Option<Asked>,
         stretches: Vec<(u64, bool)>,
         answer: Answer<Vec<(u64, bool)>>,
     },
@@ -231,26 +239,32 @@ impl Link {
         self.ask(Command::FerryHash, range, make).await
     }
 
-    /// A step of a handoff; only of a source that says how its disk stands.
-    pub(super) async fn hand_off(&self, ask: &Ask) -> Result<Told, LinkError> {
+    /// A step of a handoff; only of a source that says how its disk stands. It is asked at once, and what is asked after
+    /// it need not wait for the answer.
+    pub(super) fn hand_off(&self, ask: &Ask) -> (Asked, impl Future<Output = Result<Told, LinkError>> + use<>) {
         let message = ask.encode();
         let range = ByteRange::new(0, message.len() as u64);
         let waiting = |answer| Waiting::Told { told: None, answer };
-        let told = self.ask_with(Command::FerryHandoff, range, &message, waiting).await?;
-        // "Done" without a word: as good as an answer that cannot be read.
-        told.ok_or(LinkError::Refused(Errno::EIO))
+        let (asked, answered) = self.begin(Command::FerryHandoff, range, &message, waiting);
+        let told = async move {
+            let told = answered.await.unwrap_or(Err(LinkError::Lost))?;
+            // "Done" without a word: as good as an answer that cannot be read.
+            told.ok_or(LinkError::Refused(Errno::EIO))
+        };
+        (asked, told)
     }
 
-    /// Asks what was written since the source's disk was made from its base: lengths, from the start of the range on.
-    pub(super) async fn changed(&self, range: ByteRange) -> Result<Vec<(u64, bool)>, LinkError> {
-        self.marked(Command::FerryChanged, range, FERRY_CHANGED_ID, FERRY_CHANGED).await
+    /// Asks what was written since the source's disk was made from its base: lengths, from the start of the range on. If
+    /// the answer comes before that of `after` it is of no use.
+    pub(super) async fn changed(&self, range: ByteRange, after: Option<Asked>) -> Result<Vec<(u64, bool)>, LinkError> {
+        self.marked(Command::FerryChanged, range, (FERRY_CHANGED_ID, FERRY_CHANGED), after).await
     }
 
     /// Asks what the source has in its page cache: lengths, from the start of the range on. Only on a connection where
     /// that context was chosen.
     pub(super) async fn hot(&self, range: ByteRange) -> Result<Vec<(u64, bool)>, LinkError> {
         let context = self.session().hot.ok_or(LinkError::Refused(Errno::ENOTSUP))?;
-        self.marked(Command::BlockStatus, range, context, FERRY_IS_HOT).await
+        self.marked(Command::BlockStatus, range, (context, FERRY_IS_HOT), None).await
     }
 
     /// All of a range, however many answers that takes.
@@ -258,13 +272,13 @@ impl Link {
         &self,
         command: Command,
         range: ByteRange,
-        context: u32,
-        bit: u32,
+        (context, bit): (u32, u32),
+        after: Option<Asked>,
     ) -> Result<Vec<(u64, bool)>, LinkError> {
         let mut all = Vec::new();
         let mut rest = range;
         while !rest.is_empty() {
-            let waiting = |answer| Waiting::Marked { context, bit, stretches: Vec::new(), answer };
+            let waiting = |answer| Waiting::Marked { context, bit, after, stretches: Vec::new(), answer };
             let told = self.ask(command, rest, waiting).await?;
             let told_bytes: u64 = told.iter().map(|(len, _)| len).sum();
             if told_bytes == 0 || told_bytes > rest.len() {
@@ -282,21 +296,22 @@ impl Link {
         range: ByteRange,
         waiting: impl FnOnce(Answer<T>) -> Waiting,
     ) -> Result<T, LinkError> {
-        self.ask_with(command, range, &[], waiting).await
+        self.begin(command, range, &[], waiting).1.await.unwrap_or(Err(LinkError::Lost))
     }
 
-    async fn ask_with<T>(
+    /// Sends a request. No answer will come if the link is dead.
+    fn begin<T>(
         &self,
         command: Command,
         range: ByteRange,
         payload: &[u8],
         waiting: impl FnOnce(Answer<T>) -> Waiting,
-    ) -> Result<T, LinkError> {
-        if !self.is_alive() {
-            return Err(LinkError::Lost);
-        }
+    ) -> (Asked, oneshot::Receiver<Result<T, LinkError>>) {
         let (answer, answered) = oneshot::channel();
         let cookie = self.inner.next_cookie.get();
+        if !self.is_alive() {
+            return (Asked { cookie }, answered);
+        }
         self.inner.next_cookie.set(cookie + 1);
         if self.inner.pending.borrow().is_empty() {
             self.inner.asked.set(now());
@@ -305,7 +320,7 @@ impl Link {
         let len = u32::try_from(range.len()).expect("callers ask for less than 4 GiB at once");
         let request = Request { flags: CommandFlags::empty(), command, cookie, offset: range.start, len };
         self.inner.requests.send([&request.encode()[..], payload].concat());
-        answered.await.unwrap_or(Err(LinkError::Lost))
+        (Asked { cookie }, answered)
     }
 
     async fn receive(&self, mut reader: BufferedReader) -> LinkFailure {
@@ -420,8 +435,12 @@ impl Link {
             (ChunkKind::FerryTold, Waiting::Told { told, .. }) => {
                 *told = Some(Told::decode(&payload(reader, len).await?)?)
             }
-            (ChunkKind::BlockStatus, Waiting::Marked { context, bit, stretches, .. }) => {
+            (ChunkKind::BlockStatus, Waiting::Marked { context, bit, after, stretches, .. }) => {
                 let status = BlockStatus::decode(&payload(reader, len).await?)?;
+                // Of before that step: what was so then need not be so after it.
+                if after.is_some_and(|Asked { cookie }| self.inner.pending.borrow().contains_key(&cookie)) {
+                    pending.error = Some(NbdError::Inval);
+                }
                 if status.context_id == *context {
                     if !stretches.is_empty() {
                         return Err(LinkFailure::UnexpectedChunk(kind));

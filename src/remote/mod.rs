@@ -30,7 +30,7 @@ pub(crate) use planted::is_planted;
 pub use planted::{PlantedFault, plant};
 pub use policy::{LossPolicy, OnLoss, OnLossError};
 pub use read::FetchedData;
-pub use source::{Changed, Expect, HandOffError, Lost, Source, SourceEvents};
+pub use source::{Beforehand, Changed, Expect, HandOffError, Lost, Source, SourceEvents};
 pub use stats::SourceStats;
 
 use std::time::Duration;

@@ -6,13 +6,13 @@ use std::time::{Duration, Instant};
 
 use event_listener::Event;
 use futures_util::FutureExt;
-use futures_util::future::{Either, select, try_join_all};
+use futures_util::future::{Either, join, select, try_join_all};
 use uuid::Uuid;
 
 use super::BULK_LINKS;
 use super::dial::{DialError, Spares, dial_first};
 use super::keep::{identify_in_time, keep_link, watch};
-use super::link::{Link, LinkError};
+use super::link::{Asked, Link, LinkError};
 #[cfg(feature = "planted-faults")]
 use super::planted::{PlantedFault, is_planted};
 use super::policy::{LossPolicy, OnLoss};
@@ -48,6 +48,15 @@ pub enum HandOffError {
 pub struct Lost {
     /// In words.
     pub reason: String,
+}
+
+impl From<LinkError> for HandOffError {
+    fn from(error: LinkError) -> Self {
+        match error {
+            LinkError::Lost => Self::Lost,
+            LinkError::Refused(errno) => Self::Refused(errno),
+        }
+    }
 }
 
 /// Who wants to know when the source is lost and found.
@@ -101,6 +110,15 @@ pub struct Changed {
     pub stretches: Vec<(u64, bool)>,
 }
 
+/// What is known before the first word with a source.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Beforehand {
+    /// [`Source::keep_up`] will follow.
+    pub keeps_up: bool,
+    /// It can only be a blkferry export: one word less is waited for.
+    pub known_ferry: bool,
+}
+
 /// What a source must be when it comes back after a loss.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Expect {
@@ -129,10 +147,11 @@ enum Patience {
 }
 
 impl Source {
-    /// Connects for the first time and learns what the source is. With `keeps_up`, [`Source::keep_up`] will follow.
-    pub async fn open(uri: Uri, policy: LossPolicy, keeps_up: bool) -> Result<Self, DialError> {
+    /// Connects for the first time and learns what the source is.
+    pub async fn open(uri: Uri, policy: LossPolicy, beforehand: Beforehand) -> Result<Self, DialError> {
         let stats = SourceStats::default();
-        let (dialed, spares) = dial_first(&uri, &stats, if keeps_up { BULK_LINKS } else { 0 }).await?;
+        let spares = if beforehand.keeps_up { BULK_LINKS } else { 0 };
+        let (dialed, spares) = dial_first(&uri, &stats, beforehand.known_ferry, spares).await?;
         let link = Link::start(dialed, stats.clone());
         let Some(identified) = identify_in_time(&link).await else {
             link.close();
@@ -346,11 +365,20 @@ impl Source {
 
     /// A step of a handoff. Not asked again if the connection breaks: whoever asks has to know.
     pub async fn hand_off(&self, ask: &Ask) -> Result<Told, HandOffError> {
-        let Some(link) = self.shared.pick(Lane::Demand) else { return Err(HandOffError::Lost) };
-        link.hand_off(ask).await.map_err(|error| match error {
-            LinkError::Lost => HandOffError::Lost,
-            LinkError::Refused(errno) => HandOffError::Refused(errno),
-        })
+        Ok(self.link_for_hand_off()?.hand_off(ask).1.await?)
+    }
+
+    /// A step of a handoff, and in the same round trip what was written: as it is after that step. `None`: that has to be
+    /// asked for itself.
+    pub async fn hand_off_and_tell(&self, ask: &Ask) -> Result<(Told, Option<Changed>), HandOffError> {
+        let link = self.link_for_hand_off()?;
+        let (asked, told) = link.hand_off(ask);
+        let (told, changed) = join(told, self.changed_on(&link, Some(asked))).await;
+        Ok((told?, changed.ok()))
+    }
+
+    fn link_for_hand_off(&self) -> Result<Link, HandOffError> {
+        self.shared.pick(Lane::Demand).ok_or(HandOffError::Lost)
     }
 
     /// Tells a source that gave us its disk that we have everything. Politeness: it need not hear it.
@@ -367,23 +395,19 @@ impl Source {
     /// What was written since the source's disk was made from its base. The guest waits for this, and a large disk is many
     /// questions: they are asked together.
     pub async fn changed(&self) -> Result<Changed, HandOffError> {
+        self.changed_on(&self.link_for_hand_off()?, None).await
+    }
+
+    async fn changed_on(&self, link: &Link, after: Option<Asked>) -> Result<Changed, HandOffError> {
         let starts: Vec<u64> = (0..self.size_bytes()).step_by(CHANGED_BYTES as usize).collect();
         let mut stretches = Vec::new();
         for together in starts.chunks(CHANGED_AT_ONCE) {
             let piece = |&start: &u64| ByteRange { start, end: self.size_bytes().min(start + CHANGED_BYTES) };
-            let told = try_join_all(together.iter().map(|start| self.changed_in(piece(start)))).await?;
+            let told = try_join_all(together.iter().map(|start| link.changed(piece(start), after))).await?;
             stretches.extend(told.into_iter().flatten());
         }
         // As the connection said that was made last: the source may have died since we first heard of it, and know less.
         Ok(Changed { base: self.standing().and_then(|standing| standing.base), stretches })
-    }
-
-    async fn changed_in(&self, range: ByteRange) -> Result<Vec<(u64, bool)>, HandOffError> {
-        let Some(link) = self.shared.pick(Lane::Demand) else { return Err(HandOffError::Lost) };
-        link.changed(range).await.map_err(|error| match error {
-            LinkError::Lost => HandOffError::Lost,
-            LinkError::Refused(errno) => HandOffError::Refused(errno),
-        })
     }
 
     /// Hashes of a range, a blkferry source's.

@@ -3,31 +3,22 @@
 use serde_json::json;
 
 use crate::client::Client;
-use crate::common::{Device, World, make_image, noise};
-use crate::{activate, control};
+use crate::rig::{Rig, activate, contents, control, data_bytes, offer, wait_released};
 
 const SIZE: u64 = 16 << 20;
 
-/// Where a device is offered to the next host.
-fn offer(device: &Device<'_>) -> String {
-    device.set(&format!("export=unix:{}", device.world.path(&format!("{}.onward", device.name)).display()));
-    device.status()["handoff"]["export"].as_str().unwrap().to_owned()
-}
-
 #[test]
 fn three_hosts_in_a_row() {
-    let world = World::new();
-    let image = world.path("a.raw");
-    make_image(&image, SIZE, &[(0, SIZE)]);
-    let mut wanted = noise(0xfe44, SIZE as usize);
-    let export = world.export(&image);
-    let b = world.attach(&export.uri, &world.path("b.raw"), "b", &["--hydrate", "off"]);
+    let rig = Rig::new(SIZE);
+    let mut wanted = contents(SIZE);
+    let export = rig.world.export(&rig.image);
+    let b = rig.attach(&export.uri, "b", &["--hydrate", "off"]);
     let mut at_b = Client::connect(&b.uri);
     at_b.write(1 << 20, &[1; 8192]);
     assert_eq!(at_b.read(2 << 20, 4096), wanted[2 << 20..(2 << 20) + 4096]);
 
     // C waits while B goes on writing.
-    let c = world.attach(&offer(&b), &world.path("c.raw"), "c", &["--standby"]);
+    let c = rig.attach(&offer(&b), "c", &["--standby"]);
     let mut at_c = Client::connect(&c.uri);
     at_b.write(0, &[2; 4096]);
     assert_eq!(at_c.read(0, 4096), [2; 4096]);
@@ -37,16 +28,16 @@ fn three_hosts_in_a_row() {
     assert_eq!(at_b.try_write(0, &[3; 4096]), Err(blkferry::nbd::NbdError::Perm));
     assert_eq!(at_b.read(0, 4096), [2; 4096]);
     at_c.write(3 << 20, &[4; 4096]);
-    let refused = world.refused(["detach", "b"]);
+    let refused = rig.world.refused(["detach", "b"]);
     assert!(refused.contains("fetches from here"), "{refused}");
     c.wait_complete();
 
     // Each block crossed each wire at most once, but for what was read in standby and not kept.
     for (device, in_standby) in [(&b, 0), (&c, 4096)] {
-        let data = device.status()["wire"]["data_bytes"].as_u64().unwrap();
+        let data = data_bytes(device);
         assert!(data <= SIZE + in_standby, "{}: {data} bytes", device.name);
     }
-    assert_eq!(b.wait_for(|status| status["handoff"]["released"] == true)["state"], "away");
+    assert_eq!(wait_released(&b)["state"], "away");
     wanted[1 << 20..(1 << 20) + 8192].fill(1);
     wanted[..4096].fill(2);
     wanted[3 << 20..(3 << 20) + 4096].fill(4);
@@ -54,28 +45,26 @@ fn three_hosts_in_a_row() {
     c.detach();
     assert_eq!(b.status()["source_needed"], false);
     b.detach();
-    assert!(std::fs::read(world.path("c.raw")).unwrap() == wanted);
+    assert!(std::fs::read(rig.world.path("c.raw")).unwrap() == wanted);
 }
 
 #[test]
 fn a_device_that_gave_its_disk_away_stays_so() {
-    let world = World::new();
-    let image = world.path("a.raw");
-    make_image(&image, SIZE, &[(0, SIZE)]);
-    let export = world.export(&image);
-    let b = world.attach(&export.uri, &world.path("b.raw"), "b", &["--hydrate", "off"]);
+    let rig = Rig::new(SIZE);
+    let export = rig.world.export(&rig.image);
+    let b = rig.attach(&export.uri, "b", &["--hydrate", "off"]);
     let offered = offer(&b);
-    let c = world.attach(&offered, &world.path("c.raw"), "c", &["--hydrate", "off"]);
+    let c = rig.attach(&offered, "c", &["--hydrate", "off"]);
     let mut at_c = Client::connect(&c.uri);
     at_c.write(0, &[7; 4096]);
 
     // A third party is told who has it; a plain reader gets what B has.
-    let refused = world.refused(["attach", &offered, world.path("d.raw").to_str().unwrap(), "--name", "d"]);
+    let refused = rig.refused(&offered, "d", &[]);
     assert!(refused.contains("was given to"), "{refused}");
 
     // Killed, it comes back as what it is, and goes on being C's source.
     crate::common::kill(b.pid, nix::sys::signal::Signal::SIGKILL);
-    let b = world.attach(&export.uri, &world.path("b.raw"), "b", &["--hydrate", "off"]);
+    let b = rig.attach(&export.uri, "b", &["--hydrate", "off"]);
     assert_eq!(b.status()["state"], "away");
     assert_eq!(Client::connect(&b.uri).try_write(0, &[8; 512]), Err(blkferry::nbd::NbdError::Perm));
     assert_eq!(offer(&b), offered);
@@ -83,19 +72,17 @@ fn a_device_that_gave_its_disk_away_stays_so() {
     c.wait_complete();
     drop(at_c);
     c.detach();
-    let mut wanted = noise(0xfe44, SIZE as usize);
+    let mut wanted = contents(SIZE);
     wanted[..4096].fill(7);
-    assert!(std::fs::read(world.path("c.raw")).unwrap() == wanted);
+    assert!(std::fs::read(rig.world.path("c.raw")).unwrap() == wanted);
 }
 
 #[test]
 fn a_write_under_way_is_finished_before_the_disk_goes() {
-    let world = World::new();
-    let image = world.path("a.raw");
-    make_image(&image, SIZE, &[(0, SIZE)]);
-    let export = world.export(&image);
-    let b = world.attach(&export.uri, &world.path("b.raw"), "b", &[]);
-    let c = world.attach(&offer(&b), &world.path("c.raw"), "c", &["--standby"]);
+    let rig = Rig::new(SIZE);
+    let export = rig.world.export(&rig.image);
+    let b = rig.attach(&export.uri, "b", &[]);
+    let c = rig.attach(&offer(&b), "c", &["--standby"]);
     // A guest that does not stop: every write that it was told of is at C, and none after that.
     let uri = b.uri.clone();
     let acknowledged = std::thread::scope(|scope| {

@@ -31,13 +31,22 @@ pub enum Flaw {
     PartialHome,
     /// What the source knows is asked when the device is attached, and not when the disk is taken.
     AskedOnce,
+    /// What was written there is believed also if it was told before the disk was given.
+    ToldEarly,
     /// A write that came to nothing counts as written.
     DirtyIsWritten,
 }
 
 impl Flaw {
-    pub const ALL: [Self; 6] =
-        [Self::AdoptEarly, Self::ClearEarly, Self::AnyBase, Self::PartialHome, Self::AskedOnce, Self::DirtyIsWritten];
+    pub const ALL: [Self; 7] = [
+        Self::AdoptEarly,
+        Self::ClearEarly,
+        Self::AnyBase,
+        Self::PartialHome,
+        Self::AskedOnce,
+        Self::ToldEarly,
+        Self::DirtyIsWritten,
+    ];
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,6 +56,7 @@ pub enum Label {
     Fetches(usize, usize),
     Attaches(usize),
     Takes(usize),
+    TakesAndIsTold(usize),
     CallsOff(usize),
     Claims(usize),
     RecordsActive(usize),
@@ -77,6 +87,8 @@ struct Cache {
     // In memory.
     live: Bits,
     given: Option<u64>,
+    /// What was written at the source and what since, told in one breath with the disk.
+    told: Option<(Bits, Option<Base>)>,
     changed: Option<Bits>,
     adopted: bool,
     open: bool,
@@ -230,6 +242,7 @@ impl Laps {
                     w.names += 1;
                     let me = Uuid::from_u128(0xa0 + u128::from(w.names));
                     let gift = Base { disk: source.disk, epoch: 0 };
+                    let told = w.has(Flaw::ToldEarly).then(|| (w.changed(other(host)), source.base));
                     if !is_home {
                         (w.hosts[host].record, w.hosts[host].exports) = (None, false);
                         w.hosts[host].data = [0; BLOCKS];
@@ -246,6 +259,7 @@ impl Laps {
                         exact: true,
                         live: [false; BLOCKS],
                         given: None,
+                        told,
                         changed: None,
                         adopted: false,
                         open: false,
@@ -279,10 +293,17 @@ impl Laps {
         let taker = cache.taker(&deed);
         if let (None, Some(ask)) = (cache.given, taker.take(0)) {
             self.step(Label::Takes(host), steps, |w| w.take(host, &deed, &taker, &ask));
+            if here.record.is_some() && cache.told.is_none() {
+                self.step(Label::TakesAndIsTold(host), steps, |w| {
+                    w.take(host, &deed, &taker, &ask);
+                    let base = w.source(there).and_then(|source| source.base);
+                    w.cache(host).told = Some((w.changed(there), base));
+                });
+            }
         }
         self.step(Label::CallsOff(host), steps, |w| {
             let me = w.cache(host);
-            (me.given, me.changed, me.floor) = (None, None, taker.called_off().floor);
+            (me.given, me.told, me.changed, me.floor) = (None, None, None, taker.called_off().floor);
             let ask = taker.called_off().give_back();
             if let Some(Move::TakeBack(deed)) = ask.map(|ask| deed.on(&ask)) {
                 w.on_record(there, deed);
@@ -297,11 +318,11 @@ impl Laps {
                 me.open = !has_home;
             });
         }
-        let is_base = here.record.as_ref().is_none_or(|deed| source.base == Some(deed.as_base()));
+        // The source is frozen: what it says now, or said when it gave the disk, stays true.
+        let (changed, base) = cache.told.unwrap_or_else(|| (self.changed(there), source.base));
+        let is_base = here.record.as_ref().is_none_or(|deed| base == Some(deed.as_base()));
         let is_base = is_base || self.has(Flaw::AskedOnce) || self.has(Flaw::AnyBase);
         if here.record.is_some() && cache.given.is_some() && is_base && (here.exports || cache.changed.is_none()) {
-            // The source is frozen: what it says now stays true.
-            let changed = self.changed(there);
             self.step(Label::Claims(host), steps, |w| {
                 w.hosts[host].exports = false;
                 let early = w.has(Flaw::AdoptEarly);
@@ -372,7 +393,7 @@ impl Laps {
                     let is_here = cache.right == Right::Active && cache.deed.is_here();
                     cache.exact &= !is_here;
                     cache.dirty = cache.durably_dirty;
-                    (cache.live, cache.given, cache.changed) = (cache.present, None, None);
+                    (cache.live, cache.given, cache.told, cache.changed) = (cache.present, None, None, None);
                     (cache.adopted, cache.open) = (false, false);
                 }
             });

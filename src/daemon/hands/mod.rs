@@ -16,12 +16,15 @@ use crate::device::{Core, Phase, SourceSide};
 use crate::export::Home;
 use crate::handoff::{Deed, Right, Taker};
 use crate::nbd::Standing;
+use crate::remote::Changed;
 
 /// What the source gave, and what is not on record here yet.
 #[derive(Clone, Debug)]
 struct Granted {
     epoch: u64,
     identity: Option<String>,
+    /// What was written there, if it was told with that. The source is frozen: it stays true.
+    changed: Option<Changed>,
 }
 
 struct State {

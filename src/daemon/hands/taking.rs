@@ -35,7 +35,7 @@ impl Hands {
             return Ok(taken(granted.epoch, true));
         }
         let Some(mut taker) = state.taker else {
-            state.granted = Some(Granted { epoch: 1, identity: None });
+            state.granted = Some(Granted { epoch: 1, identity: None, changed: None });
             let warning =
                 "the source cannot be asked to keep its writers out: see to it that nobody writes there".into();
             return Ok(Taken { warning: Some(warning), ..taken(1, false) });
@@ -46,7 +46,7 @@ impl Hands {
             let left = deadline.saturating_duration_since(Instant::now());
             let ask = taker.take(left.as_millis() as u64).or_else(|| taker.give_back());
             let ask = ask.ok_or_else(|| format!("{} cannot take the disk as it stands", self.name))?;
-            let told = match self.source.hand_off(ask.clone(), left + ANSWER_MARGIN) {
+            let (told, changed) = match self.ask(&ask, state.landing.is_some(), left + ANSWER_MARGIN) {
                 Err(HandOffError::Lost) if !left.is_zero() => {
                     std::thread::sleep(RETRY_PAUSE);
                     continue;
@@ -60,7 +60,7 @@ impl Hands {
             match step {
                 Step::Activate { epoch, identity } => {
                     state.taker = Some(taker);
-                    state.granted = Some(Granted { epoch, identity: Some(identity) });
+                    state.granted = Some(Granted { epoch, identity: Some(identity), changed });
                     return Ok(taken(epoch, false));
                 }
                 Step::AskAgain(now) if corrections < MAX_CORRECTIONS => {
@@ -75,15 +75,23 @@ impl Hands {
         }
     }
 
+    /// A step of a handoff, for a disk that comes home together with what was written at the source.
+    fn ask(&self, ask: &Ask, comes_home: bool, patience: Duration) -> Result<(Told, Option<Changed>), HandOffError> {
+        if comes_home && matches!(ask, Ask::Take { .. }) {
+            return self.source.hand_off_and_tell(ask.clone(), patience);
+        }
+        Ok((self.source.hand_off(ask.clone(), patience)?, None))
+    }
+
     /// Gets the disk from the source, if that was not done, and lets the guest write.
     pub(in crate::daemon) fn activate(&self, wait: Duration) -> Result<Taken, String> {
         let mut state = self.step();
         let taken = self.take_in(&mut state, wait)?;
-        let Some(Granted { epoch, identity }) = state.granted.clone() else { return Ok(taken) };
-        // The source is frozen: what it says now stays true.
+        let Some(Granted { epoch, identity, changed }) = state.granted.clone() else { return Ok(taken) };
         let mut kept = Vec::new();
         if let Some(landing) = &mut state.landing {
-            let changed = self.changed()?;
+            // The source is frozen: what it says now stays true.
+            let changed = changed.map_or_else(|| self.changed(), Ok)?;
             // It may have been fetched from there until now.
             let claimed = landing.home.claim().and_then(|()| landing.home.confirm(changed.base));
             claimed.map_err(|e| format!("{}: {e}", self.name))?;

@@ -15,7 +15,7 @@ use blkferry::nbd::{
     ExportInfo, NbdError, ReplyFlags, Request, ServerHandshake, ServerStep, StateFlags, TransmissionFlags, Uri,
     put_simple_reply,
 };
-use blkferry::remote::{LossPolicy, OnLoss, Source};
+use blkferry::remote::{Beforehand, LossPolicy, OnLoss, Source};
 use futures_util::future::{join, join4};
 
 use super::lots::{Lots, pieces};
@@ -58,7 +58,7 @@ fn source(stream: UnixStream, replies: &[u8], seed: u8) {
 }
 
 async fn ask(uri: Uri) -> Vec<Outcome> {
-    let source = Source::open(uri, LossPolicy::new(OnLoss::Wait), false).await.unwrap();
+    let source = Source::open(uri, LossPolicy::new(OnLoss::Wait), Beforehand::default()).await.unwrap();
     let read = async |question| {
         let Question::Read { offset, len } = question else { panic!("a read") };
         let range = ByteRange::new(offset, len as u64);
