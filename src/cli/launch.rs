@@ -138,7 +138,7 @@ impl Observer for Background {
         std::env::set_current_dir("/")?;
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(&self.log)?;
         nix::unistd::dup2_stderr(&log)?;
-        super::log_with_time();
+        super::log::with_time();
         nix::unistd::dup2_stdout(File::options().write(true).open("/dev/null")?)?;
         Ok(())
     }

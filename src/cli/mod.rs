@@ -14,6 +14,7 @@ mod export;
 mod generate;
 mod launch;
 mod list;
+mod log;
 mod migrate;
 mod reclaim;
 mod recover;
@@ -26,7 +27,6 @@ pub use target::run_target;
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 use clap::{Parser, Subcommand};
 
@@ -71,8 +71,8 @@ enum Verb {
 /// Parses the command line and does what it says.
 pub fn run() -> anyhow::Result<ExitCode> {
     let cli = Cli::parse();
-    init_log(cli.verbose);
-    match &cli.verb {
+    log::init(cli.verbose);
+    let result = match &cli.verb {
         Verb::Export(args) => export::run(args),
         Verb::Attach(args) => attach::run(args, cli.verbose),
         Verb::List(args) => list::run(args),
@@ -86,7 +86,9 @@ pub fn run() -> anyhow::Result<ExitCode> {
         Verb::Abort(args) => abort::run(args),
         Verb::Reclaim(args) => reclaim::run(args),
         Verb::Generate(args) => generate::run(args),
-    }
+    };
+    log::conclude();
+    result
 }
 
 /// An error and its causes in one line. Most of our errors quote their cause themselves; it is not said twice.
@@ -110,27 +112,4 @@ fn tell_service_manager(status: &str) -> std::io::Result<()> {
 /// A line on standard output.
 fn say(words: std::fmt::Arguments<'_>) -> std::io::Result<()> {
     writeln!(std::io::stdout(), "{words}")
-}
-
-/// What a file of its own gets needs the time of day; a terminal and a journal have their own.
-static LOG_WITH_TIME: AtomicBool = AtomicBool::new(false);
-
-fn log_with_time() {
-    LOG_WITH_TIME.store(true, Ordering::Relaxed);
-}
-
-fn init_log(verbose: u8) {
-    let level = ["info", "debug", "trace"][usize::from(verbose.min(2))];
-    let environment = env_logger::Env::new().filter_or("BLKFERRY_LOG", level);
-    env_logger::Builder::from_env(environment)
-        .format(|out, record| {
-            if LOG_WITH_TIME.load(Ordering::Relaxed) {
-                write!(out, "{} ", out.timestamp_seconds())?;
-            }
-            match record.level() {
-                log::Level::Info => writeln!(out, "blkferry: {}", record.args()),
-                level => writeln!(out, "blkferry: {}: {}", level.as_str().to_lowercase(), record.args()),
-            }
-        })
-        .init();
 }

@@ -107,19 +107,21 @@ pub fn run_target() -> ExitCode {
             return ExitCode::from(e.exit_code().clamp(0, 255) as u8);
         }
     };
-    super::init_log(0);
+    super::log::init(0);
     let result = match cli.verb {
         Verb::Add(add) => serve(add.eventfd, || Ok(add_options(&add))),
         Verb::Recover(recover) => serve(recover.eventfd, || recover_options(recover.number)),
         Verb::Help(_) => help(),
     };
-    match result {
+    let code = match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             log::error!("{}", super::one_line(&error));
             ExitCode::FAILURE
         }
-    }
+    };
+    super::log::conclude();
+    code
 }
 
 fn help() -> anyhow::Result<()> {
@@ -173,7 +175,7 @@ fn serve(eventfd: Option<i32>, options: impl FnOnce() -> anyhow::Result<DaemonOp
         let log = RunDir::open()?.log_file(&options.name);
         let log = OpenOptions::new().create(true).append(true).mode(0o600).open(log)?;
         nix::unistd::dup2_stderr(&log)?;
-        super::log_with_time();
+        super::log::with_time();
     }
     Ok(daemon::run(&options, &mut Target { listener })?)
 }

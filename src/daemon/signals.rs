@@ -22,6 +22,7 @@ pub fn wait_for_stop_signal(stop: impl FnOnce() + Send + 'static) -> Result<(), 
             // Whoever insists does not want to wait for a slow disk.
             if signals.wait().is_ok() {
                 log::warn!("stopped by a second signal, without a last commit");
+                log::logger().flush();
                 std::process::exit(1);
             }
         }

@@ -8,7 +8,6 @@ use futures_util::FutureExt;
 use futures_util::future::select;
 use slab::Slab;
 
-use super::complaints::Complaints;
 use super::disk::Disk;
 use super::stats::ServeStats;
 use super::{MAX_CONNECTIONS, MAX_LEFTOVERS, connection};
@@ -20,7 +19,6 @@ pub struct Server {
     hall: Hall,
     places: Budget,
     leftovers: Budget,
-    complaints: Complaints,
 }
 
 impl Server {
@@ -29,10 +27,9 @@ impl Server {
         let hall = Hall::default();
         let places = Budget::new(MAX_CONNECTIONS);
         let leftovers = Budget::new(MAX_LEFTOVERS);
-        let complaints = Complaints::new(listener.local());
         let budgets = [places.clone(), leftovers.clone()];
-        let accepting = spawn(accept(listener, disk, stats, hall.clone(), budgets, complaints.clone()));
-        Self { accepting, hall, places, leftovers, complaints }
+        let accepting = spawn(accept(listener, disk, stats, hall.clone(), budgets));
+        Self { accepting, hall, places, leftovers }
     }
 
     /// Takes no more clients and no more requests, and gives those under way so long to end.
@@ -46,7 +43,6 @@ impl Server {
             self.leftovers.all_back().await;
         };
         select(ended.boxed_local(), sleep(patience).boxed_local()).await;
-        self.complaints.conclude();
     }
 }
 
@@ -97,14 +93,14 @@ async fn accept<D: Disk>(
     stats: ServeStats,
     hall: Hall,
     [places, leftovers]: [Budget; 2],
-    complaints: Complaints,
 ) {
+    let local: Rc<str> = listener.local().into();
     loop {
         let connection = match listener.accept().await {
             Ok(connection) => connection,
             Err(e) => {
                 // Out of descriptors, most likely: others may leave.
-                complaints.say(format_args!("cannot accept a connection: {e}"));
+                log::warn!("{local}: cannot accept a connection: {e}");
                 sleep(Duration::from_millis(100)).await;
                 continue;
             }
@@ -117,13 +113,13 @@ async fn accept<D: Disk>(
             }
         };
         let (disk, stats, hall, leftovers) = (disk.clone(), stats.clone(), hall.clone(), leftovers.clone());
-        let complaints = complaints.clone();
+        let local = local.clone();
         spawn(async move {
             let key = hall.enter(connection.clone());
             stats.client_came();
             let on_agreed = || hall.agreed(key);
             if let Err(e) = connection::run(connection, disk, stats.clone(), leftovers, on_agreed).await {
-                complaints.say(format_args!("a client was dropped: {e}"));
+                log::warn!("{local}: a client was dropped: {e}");
             }
             stats.client_left();
             hall.leave(key);

@@ -11,7 +11,6 @@
 //! connection only; when all places are taken, a newcomer gets the place of who has been at its handshake for longest.
 
 mod bind;
-mod complaints;
 mod connection;
 mod disk;
 mod hashes;
@@ -41,8 +40,5 @@ const MAX_BYTES: usize = 64 << 20;
 const MAX_WAITING_BYTES: usize = 64 << 20;
 /// How long a client may take for the handshake.
 const HANDSHAKE_TIMEOUT: Duration = Duration::from_secs(30);
-/// Lines in the log about clients, in each such period: a crowd must not fill a disk with them.
-const COMPLAINTS: u64 = 20;
-const COMPLAINTS_PERIOD: Duration = Duration::from_secs(60);
 /// Piece of the disk that one hash of the private hash command stands for.
 pub const HASH_PIECE_BYTES: u32 = 4096;

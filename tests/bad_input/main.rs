@@ -14,11 +14,11 @@ mod source;
 
 mod caches;
 mod changed;
-mod crowd_log;
 mod disk_full;
 mod hostile;
 mod images;
 mod liar;
+mod log_lines;
 mod lost;
 mod names;
 mod namespace;
