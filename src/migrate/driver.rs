@@ -160,7 +160,7 @@ impl<'a, W: World> Driver<'a, W> {
     pub fn run(&mut self, watcher: &mut dyn Watcher) -> Outcome {
         loop {
             let view = self.world.look();
-            self.mind_limits();
+            self.mind_limits(&view);
             let step = next(&view, &self.own);
             self.moments.enter(&step, self.world.now());
             if watcher.before(&step, self.world.memory()).is_break() {
@@ -177,7 +177,7 @@ impl<'a, W: World> Driver<'a, W> {
         }
     }
 
-    fn mind_limits(&mut self) {
+    fn mind_limits(&mut self, view: &View) {
         if self.own.gave_up.is_some() || self.own.asked {
             return;
         }
@@ -188,7 +188,10 @@ impl<'a, W: World> Driver<'a, W> {
         self.own.gave_up = match (self.continued, self.limits.memory) {
             _ if self.interrupted.load(Ordering::Relaxed) => Some("interrupted".into()),
             (Some(_), _) if is_late(self.continued, self.limits.switchover) => {
-                Some(format!("the last of the guest's state did not arrive in {} s", seconds(self.limits.switchover)))
+                // To see that may have taken all the time: a QEMU whose disk does not answer says nothing.
+                let cause = view.obstacle().map_or_else(String::new, |why| format!(": {why}"));
+                let limit = seconds(self.limits.switchover);
+                Some(format!("the last of the guest's state did not arrive in {limit} s{cause}"))
             }
             (None, Some(limit)) if is_late(self.moments.memory(), limit) => {
                 Some(format!("the guest's memory did not arrive in {} s", seconds(limit)))

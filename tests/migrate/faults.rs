@@ -200,6 +200,22 @@ fn memory_that_never_arrives_is_given_up() {
     assert!(sim.runs_at_source() && !sim.runs_at_destination());
 }
 
+/// While it is found out, the time for the switchover runs out: what is told is the cause.
+#[test]
+fn an_export_that_dies_in_the_switchover_is_named() {
+    let (_, moments) = drive(&mut Sim::new(2), &[]);
+    let told = (0..moments).filter_map(|at| {
+        let mut sim = Sim::new(2);
+        sim.hangs = LIMITS.switchover * 2;
+        match drive(&mut sim, &[(at, Fault::Export)]).0 {
+            Outcome::Stayed(why) if why.contains("did not arrive") => Some(why),
+            _ => None,
+        }
+    });
+    let told: Vec<String> = told.collect();
+    assert!(!told.is_empty() && told.iter().all(|why| why.ends_with("in 10 s: no export")), "{told:?}");
+}
+
 /// Nothing breaks, and nothing arrives: at first, or in the middle.
 #[test]
 fn memory_that_stalls_is_given_up() {

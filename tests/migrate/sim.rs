@@ -68,6 +68,8 @@ pub struct Sim {
     pub stalls_at: Option<u64>,
     /// The memory takes ten minutes, and every ten seconds some of it arrives.
     pub crawls: bool,
+    /// The destination's QEMU says nothing for so long while a disk of it cannot be read.
+    pub hangs: Duration,
     sent_bytes: u64,
     moving: Duration,
     began: Instant,
@@ -92,6 +94,7 @@ impl Sim {
             lies: false,
             stalls_at: None,
             crawls: false,
+            hangs: Duration::ZERO,
             sent_bytes: 0,
             moving: Duration::ZERO,
             began: Instant::now(),
@@ -233,6 +236,9 @@ impl Sim {
 impl World for Sim {
     fn look(&mut self) -> View {
         self.tick();
+        if self.disks.iter().any(|disk| !disk.export_runs) {
+            self.passed += self.hangs;
+        }
         let disks = self.disks.iter().map(|disk| match disk {
             Ferried { daemon_runs: false, .. } => Disk::Gone("no daemon".into()),
             Ferried { active: true, .. } => Disk::Active,
