@@ -59,6 +59,10 @@ pub(super) struct Args {
     /// Give up if the memory has not arrived after so long (5m); the guest stays at the source [default: as long as it takes]
     #[arg(long, value_name = "DURATION", value_parser = duration)]
     timeout: Option<Duration>,
+    /// Give up if nothing of the memory could be sent for so long, as over a network that has fallen silent; the guest stays
+    /// at the source
+    #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "30s")]
+    stall_timeout: Duration,
     /// Give up if the last of it, for which the guest stands still, has not arrived after so long
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "60s")]
     switchover_timeout: Duration,
@@ -92,7 +96,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     };
     let (mut real, prepared) = Real::prepare(RunDir::open()?, places.clone()).map_err(anyhow::Error::msg)?;
     judge(&prepared)?;
-    let limits = Limits { memory: args.timeout, switchover: args.switchover_timeout };
+    let limits = Limits { memory: args.timeout, stall: args.stall_timeout, switchover: args.switchover_timeout };
     if args.dry_run {
         let report = real.report(None, None, &Moments::default());
         return if args.json { print_json(&report) } else { print_checked(&prepared) };

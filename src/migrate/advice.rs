@@ -31,8 +31,10 @@ impl Stuck {
                 cont(from)
             ),
             Self::NotActive(why) => format!(
-                "{why}; the source has given the disks, the guest can only go on at the destination, and must not run at the \
-                 source: `blkferry activate {names}`, then {}",
+                "{why}; the source has given the disks: the guest can only go on at the destination, whose QEMU has its memory \
+                 (keep it), and must never run at the source. See to it that each device ({names}) runs there (`blkferry \
+                 list`), attach again what does not, and run the same command again; or by hand `blkferry activate {names}`, \
+                 then {}",
                 cont(to)
             ),
             Self::DestinationLost(why) => format!(

@@ -77,6 +77,8 @@ impl Watcher for () {}
 pub struct Limits {
     /// The memory; `None`: as long as it takes.
     pub memory: Option<Duration>,
+    /// The memory without any of it being sent. QEMU itself waits for ever on a network that has fallen silent.
+    pub stall: Duration,
     /// From the word to go on until the destination has everything, while the guest stands still.
     pub switchover: Duration,
 }
@@ -100,6 +102,7 @@ pub struct State {
     own: Own,
     moments: Moments,
     continued: Option<Instant>,
+    sent: Option<(u64, Instant)>,
     insisting: Option<Instant>,
 }
 
@@ -111,6 +114,8 @@ pub struct Driver<'a, W> {
     own: Own,
     moments: Moments,
     continued: Option<Instant>,
+    /// How much of the memory was sent, and since when it is no more.
+    sent: Option<(u64, Instant)>,
     /// Since when it is tried to get back, or forward.
     insisting: Option<Instant>,
 }
@@ -119,7 +124,8 @@ impl<'a, W: World> Driver<'a, W> {
     /// Before the first step. `is_to_run`: the guest runs at the end; `interrupted` is set by somebody who wants it to stay.
     pub fn new(world: &'a mut W, limits: Limits, is_to_run: bool, interrupted: Arc<AtomicBool>) -> Self {
         let own = Own { is_to_run, ..Own::default() };
-        Self { world, limits, interrupted, own, moments: Moments::default(), continued: None, insisting: None }
+        let (moments, continued, sent, insisting) = (Moments::default(), None, None, None);
+        Self { world, limits, interrupted, own, moments, continued, sent, insisting }
     }
 
     /// Goes on with what another driver knew, if there is one; see [`Driver::into_state`].
@@ -133,14 +139,16 @@ impl<'a, W: World> Driver<'a, W> {
         let fresh = Self::new(world, limits, is_to_run, interrupted);
         match state {
             None => fresh,
-            Some(State { own, moments, continued, insisting }) => Self { own, moments, continued, insisting, ..fresh },
+            Some(State { own, moments, continued, sent, insisting }) => {
+                Self { own, moments, continued, sent, insisting, ..fresh }
+            }
         }
     }
 
     /// What it knows, for a driver that goes on in its place: the world is free meanwhile.
     pub fn into_state(self) -> State {
-        let Self { own, moments, continued, insisting, .. } = self;
-        State { own, moments, continued, insisting }
+        let Self { own, moments, continued, sent, insisting, .. } = self;
+        State { own, moments, continued, sent, insisting }
     }
 
     /// When each phase began.
@@ -152,7 +160,7 @@ impl<'a, W: World> Driver<'a, W> {
     pub fn run(&mut self, watcher: &mut dyn Watcher) -> Outcome {
         loop {
             let view = self.world.look();
-            self.mind_limits();
+            self.mind_limits(&view);
             let step = next(&view, &self.own);
             self.moments.enter(&step, self.world.now());
             if watcher.before(&step, self.world.memory()).is_break() {
@@ -169,23 +177,41 @@ impl<'a, W: World> Driver<'a, W> {
         }
     }
 
-    fn mind_limits(&mut self) {
+    fn mind_limits(&mut self, view: &View) {
         if self.own.gave_up.is_some() || self.own.asked {
             return;
         }
         let now = self.world.now();
         let is_late = |since: Option<Instant>, limit: Duration| since.is_some_and(|since| now - since > limit);
         let seconds = |limit: Duration| limit.as_secs();
+        let last_sent = self.last_sent(now);
         self.own.gave_up = match (self.continued, self.limits.memory) {
             _ if self.interrupted.load(Ordering::Relaxed) => Some("interrupted".into()),
             (Some(_), _) if is_late(self.continued, self.limits.switchover) => {
-                Some(format!("the last of the guest's state did not arrive in {} s", seconds(self.limits.switchover)))
+                // To see that may have taken all the time: a QEMU whose disk does not answer says nothing.
+                let cause = view.obstacle().map_or_else(String::new, |why| format!(": {why}"));
+                let limit = seconds(self.limits.switchover);
+                Some(format!("the last of the guest's state did not arrive in {limit} s{cause}"))
             }
             (None, Some(limit)) if is_late(self.moments.memory(), limit) => {
                 Some(format!("the guest's memory did not arrive in {} s", seconds(limit)))
             }
+            (None, _) if is_late(last_sent, self.limits.stall) => Some(format!(
+                "nothing of the guest's memory could be sent for {} s: the network between the two QEMUs has fallen silent",
+                seconds(self.limits.stall)
+            )),
             _ => None,
         };
+    }
+
+    /// When more of the memory was seen to have been sent, since it began to move.
+    fn last_sent(&mut self, now: Instant) -> Option<Instant> {
+        self.moments.memory()?;
+        let bytes = self.world.memory().transferred_bytes;
+        if self.sent.is_none_or(|(before, _)| before != bytes) {
+            self.sent = Some((bytes, now));
+        }
+        self.sent.map(|(_, since)| since)
     }
 
     fn give_up(&mut self, why: String) -> ControlFlow<Outcome> {

@@ -178,8 +178,9 @@ impl View {
     }
 
     /// Why the migration cannot go on although nothing has happened yet.
-    fn obstacle(&self) -> Option<&String> {
-        self.destination.as_ref().err().or_else(|| self.unready())
+    pub(super) fn obstacle(&self) -> Option<&String> {
+        // A QEMU that cannot read its disk does not answer, either.
+        self.unready().or(self.destination.as_ref().err())
     }
 }
 

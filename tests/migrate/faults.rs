@@ -12,7 +12,11 @@ use blkferry::migrate::{Driver, Limits, Memory, Outcome, Watcher};
 
 use crate::sim::{Fault, Sim};
 
-const LIMITS: Limits = Limits { memory: Some(Duration::from_secs(60)), switchover: Duration::from_secs(10) };
+const LIMITS: Limits = Limits {
+    memory: Some(Duration::from_secs(60)),
+    stall: Duration::from_secs(20),
+    switchover: Duration::from_secs(10),
+};
 
 /// Counts the moments before and after steps, and has faults happen at some of them.
 struct Saboteur<'a> {
@@ -194,6 +198,50 @@ fn memory_that_never_arrives_is_given_up() {
     let outcome = Driver::new(&mut sim, limits, true, Arc::default()).run(&mut ());
     assert!(matches!(&outcome, Outcome::Stayed(why) if why.contains("did not arrive in 0 s")), "{outcome:?}");
     assert!(sim.runs_at_source() && !sim.runs_at_destination());
+}
+
+/// While it is found out, the time for the switchover runs out: what is told is the cause.
+#[test]
+fn an_export_that_dies_in_the_switchover_is_named() {
+    let (_, moments) = drive(&mut Sim::new(2), &[]);
+    let told = (0..moments).filter_map(|at| {
+        let mut sim = Sim::new(2);
+        sim.hangs = LIMITS.switchover * 2;
+        match drive(&mut sim, &[(at, Fault::Export)]).0 {
+            Outcome::Stayed(why) if why.contains("did not arrive") => Some(why),
+            _ => None,
+        }
+    });
+    let told: Vec<String> = told.collect();
+    assert!(!told.is_empty() && told.iter().all(|why| why.ends_with("in 10 s: no export")), "{told:?}");
+}
+
+/// Nothing breaks, and nothing arrives: at first, or in the middle.
+#[test]
+fn memory_that_stalls_is_given_up() {
+    for sent_bytes in [0, 5 << 20] {
+        let mut sim = Sim::new(2);
+        sim.stalls_at = Some(sent_bytes);
+        let limits = Limits { memory: None, ..LIMITS };
+        let mut driver = Driver::new(&mut sim, limits, true, Arc::default());
+        let outcome = driver.run(&mut ());
+        let memory_ms = driver.moments().durations_ms().into_iter().find(|(phase, _)| *phase == "memory").unwrap().1;
+        assert!(
+            matches!(&outcome, Outcome::Stayed(why) if why.contains("could be sent for 20 s: the network")),
+            "{outcome:?}"
+        );
+        assert!((20_000.0..25_000.0).contains(&memory_ms), "{memory_ms}");
+        assert!(sim.runs_at_source() && !sim.runs_at_destination());
+    }
+}
+
+/// What is slow is not silent.
+#[test]
+fn memory_that_crawls_is_waited_for() {
+    let mut sim = Sim::new(2);
+    sim.crawls = true;
+    let limits = Limits { memory: None, ..LIMITS };
+    assert_eq!(Driver::new(&mut sim, limits, true, Arc::default()).run(&mut ()), Outcome::Moved);
 }
 
 /// Would it be noticed?

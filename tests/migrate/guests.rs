@@ -2,9 +2,10 @@
 
 use std::ops::ControlFlow;
 use std::sync::Arc;
+use std::time::Duration;
 
 use blkferry::migrate::plan::{Step, Stuck};
-use blkferry::migrate::{Driver, Memory, Outcome, Real, Watcher};
+use blkferry::migrate::{Driver, Limits, Memory, Outcome, Real, Watcher};
 use serde_json::Value;
 
 use crate::common::tool_output;
@@ -270,6 +271,23 @@ fn what_dies_before_the_switchover_leaves_the_guest_at_the_source() {
         assert!(site.a.runs() && !site.b.runs());
         site.a.wait_stamps(3);
     }
+}
+
+/// Nothing breaks, and nothing arrives: QEMU would wait for ever, and the guest goes on at the source all the while.
+#[test]
+fn a_network_that_falls_silent_leaves_the_guest_at_the_source() {
+    let mut site = Site::new("256M", "");
+    site.a.limit_memory(1 << 20);
+    site.a.wait_stamps(3);
+    let (mut real, prepared) = Real::prepare(site.run_dir(), site.places()).unwrap();
+    let mut saboteur = Saboteur { step: "WaitMemory", fault: Some(|site| site.memory.freeze()), site: &mut site };
+    let limits = Limits { memory: None, stall: Duration::from_secs(5), ..LIMITS };
+    let outcome = Driver::new(&mut real, limits, prepared.is_to_run, Arc::default()).run(&mut saboteur);
+    drop(real);
+    println!("{outcome:?}");
+    assert!(matches!(&outcome, Outcome::Stayed(why) if why.contains("could be sent for 5 s")), "{outcome:?}");
+    assert!(site.a.runs() && !site.b.runs());
+    site.a.wait_stamps(3);
 }
 
 /// The destination's QEMU dies with its disk active: the guest can be started there, and there only.

@@ -64,11 +64,20 @@ pub struct Sim {
     lose_answer: bool,
     /// Planted: giving back is said to be done, and is not.
     pub lies: bool,
+    /// Nothing of the memory arrives after so many bytes, and nothing breaks.
+    pub stalls_at: Option<u64>,
+    /// The memory takes ten minutes, and every ten seconds some of it arrives.
+    pub crawls: bool,
+    /// The destination's QEMU says nothing for so long while a disk of it cannot be read.
+    pub hangs: Duration,
+    sent_bytes: u64,
+    moving: Duration,
     began: Instant,
     passed: Duration,
     waits: u32,
 }
 
+const CRAWL: Duration = Duration::from_secs(600);
 const AWAY: &str = "the way to the source is broken";
 
 impl Sim {
@@ -83,6 +92,11 @@ impl Sim {
             brief: 0,
             lose_answer: false,
             lies: false,
+            stalls_at: None,
+            crawls: false,
+            hangs: Duration::ZERO,
+            sent_bytes: 0,
+            moving: Duration::ZERO,
             began: Instant::now(),
             passed: Duration::ZERO,
             waits: 0,
@@ -155,9 +169,14 @@ impl Sim {
                     source.migration = Migration::Failed("failed".into());
                     source.run = Run::Running;
                 }
-                Migration::Moving if self.waits.is_multiple_of(2) => {
+                Migration::Moving if self.stalls_at.is_some_and(|at| self.sent_bytes >= at) => {}
+                Migration::Moving if self.crawls && self.passed - self.moving < CRAWL => {
+                    self.sent_bytes = (self.passed - self.moving).as_secs() / 10;
+                }
+                Migration::Moving if self.waits.is_multiple_of(2) && self.stalls_at.is_none() => {
                     (source.run, source.migration) = (Run::Stopped, Migration::PreSwitchover);
                 }
+                Migration::Moving => self.sent_bytes += 1 << 20,
                 Migration::Switching => {
                     (source.run, source.migration) = (Run::MovedAway, Migration::Completed);
                     self.holds = false;
@@ -217,6 +236,9 @@ impl Sim {
 impl World for Sim {
     fn look(&mut self) -> View {
         self.tick();
+        if self.disks.iter().any(|disk| !disk.export_runs) {
+            self.passed += self.hangs;
+        }
         let disks = self.disks.iter().map(|disk| match disk {
             Ferried { daemon_runs: false, .. } => Disk::Gone("no daemon".into()),
             Ferried { active: true, .. } => Disk::Active,
@@ -238,7 +260,7 @@ impl World for Sim {
     }
 
     fn memory(&self) -> Memory {
-        Memory::default()
+        Memory { transferred_bytes: self.sent_bytes, ..Memory::default() }
     }
 
     fn start(&mut self) -> Result<(), String> {
@@ -246,6 +268,7 @@ impl World for Sim {
         self.seen(&self.destination, false)?;
         self.source.migration = Migration::Moving;
         self.destination.migration = Migration::Moving;
+        self.moving = self.passed;
         self.answer(())
     }
 

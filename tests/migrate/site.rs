@@ -20,7 +20,8 @@ use crate::common::{Export, World, kill, make_image, tool};
 use crate::link::Link;
 use crate::writer::{PATIENCE, assert_stamps, is_bad, poll, stamps_in, told_in};
 
-pub const LIMITS: Limits = Limits { memory: Some(PATIENCE), switchover: Duration::from_secs(120) };
+pub const LIMITS: Limits =
+    Limits { memory: Some(PATIENCE), stall: Duration::from_secs(30), switchover: Duration::from_secs(120) };
 /// After so long without a stamp a guest has lost its disk.
 const LOST_DISK: Duration = Duration::from_secs(60);
 pub const NAME: &str = "web";

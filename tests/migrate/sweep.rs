@@ -17,7 +17,11 @@ use crate::guests::is_step;
 use crate::site::{NAME, Qemu, Site};
 use crate::writer::poll;
 
-const LIMITS: Limits = Limits { memory: Some(Duration::from_secs(120)), switchover: Duration::from_secs(10) };
+const LIMITS: Limits = Limits {
+    memory: Some(Duration::from_secs(120)),
+    stall: Duration::from_secs(30),
+    switchover: Duration::from_secs(10),
+};
 /// The same command again, after what died runs again; more than that is no way that a person would go.
 const ATTEMPTS: usize = 3;
 
