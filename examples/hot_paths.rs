@@ -21,7 +21,7 @@ const TIMES: u64 = 2000;
 
 fn new_engine() -> Engine {
     let geometry = Geometry::new(DISK_BYTES, BLOCK_BYTES).expect("a valid size");
-    let config = EngineConfig { max_fetch_bytes: FETCH_BYTES, extents: false, compact: false };
+    let config = EngineConfig { max_fetch_bytes: FETCH_BYTES, questions: None, compact: false };
     Engine::new(Maps::in_memory(geometry), config)
 }
 

@@ -1,4 +1,4 @@
-"""What the size of a disk costs: time to attach, to resume and to say how it is; memory."""
+"""What the size of a disk costs: time to attach, to resume and to say how it is, and to find out that it is empty; memory."""
 
 import contextlib
 import json
@@ -7,11 +7,13 @@ import re
 import time
 from pathlib import Path
 
-from tools import GIB, MIB, child, export, fio, median, nbdkit, run, unix_uri, wait_for
+from tools import GIB, MIB, child, export, ferried, fio, median, nbdkit, relay, run, unix_uri, wait_for
 
 TIB = 1 << 40
 SIZES = (GIB, TIB, 16 * TIB)
 WANTED_ATTACH_S, WANTED_MIB = 1.0, 80
+# A link on which questions one after the other would take long.
+MBIT, RTTS_MS = 1000, (0, 20)
 STATUS_CALLS, QUICK_STATUS_CALLS = 40, 10
 # Random reads and writes over all of the disk, so that all of its maps are touched.
 TRAFFIC_S, QUICK_TRAFFIC_S = 6, 3
@@ -159,9 +161,30 @@ def memory(bench):
     return rows
 
 
+def completing(bench):
+    """Disks of holes, from attach to complete."""
+    rows = []
+    for size in (size for size in SIZES if possible(bench, size)):
+        image = bench.path("sparse")
+        run("truncate", "-s", size, image)
+        with export(bench, image) as (address, _):
+            for rtt_ms in RTTS_MS:
+                runs, sent = [], 0
+                for _ in range(bench.rounds):
+                    with relay(bench, address, MBIT, rtt_ms) as link, ferried(bench, link.address) as device:
+                        runs.append(device.complete_after_s())
+                        sent = link.bytes_to_server()
+                rows.append({
+                    "all holes, GiB": size // GIB, "RTT ms": rtt_ms, "complete s": median(runs), "sent KiB": sent / 1024, "runs": runs,
+                })
+        image.unlink()
+    return rows
+
+
 def tables(bench):
     yield (
         "from attach to ready of a new cache, and of the same one again; `status --json` as a command; the daemon's resident "
         "memory, shared mappings included. Data and maps on tmpfs, metadata on a disk", attaching(bench),
     )
+    yield f"from attach to complete, of a blkferry export behind a link of {MBIT} Mbit/s; sent: mostly questions", completing(bench)
     yield "the daemon's peak of resident memory, shared mappings included, hydration off until the last step", memory(bench)

@@ -19,10 +19,10 @@ use crate::cache::{
 };
 use crate::control::{Claim, ControlServer, Entry, RunDir};
 use crate::device::{
-    CommitThread, Core, FetchThread, FetchThreadError, Gate, Hydration, MAX_FETCH_BYTES, Mode, Phase, SourceHello,
-    SourceSide,
+    CommitThread, Core, FetchThread, FetchThreadError, Gate, Hydration, Mode, Phase, SourceHello, SourceSide,
+    engine_config,
 };
-use crate::engine::{Engine, EngineConfig, Geometry};
+use crate::engine::{Engine, Geometry};
 use crate::export::{Home, HomeError, become_image, bell_of, check_home};
 use crate::frontend::{Frontend, NbdFrontend, Presentation, UblkFrontend, UblkShape, logical_bytes};
 use crate::handoff::{Deed, Right};
@@ -220,12 +220,7 @@ fn start_on(
         &facts,
     )?;
     cache.notes.iter().for_each(|note| log::warn!("{}: {note}", places.metadata.display()));
-    let config = EngineConfig {
-        max_fetch_bytes: hello.as_ref().map_or(MAX_FETCH_BYTES, |h| h.max_read_bytes.min(MAX_FETCH_BYTES)),
-        extents: hello.as_ref().is_some_and(|h| h.tells_extents),
-        compact: hello.as_ref().is_some_and(|h| h.sends_holes),
-    };
-    let engine = Engine::new(cache.maps.clone(), config);
+    let engine = Engine::new(cache.maps.clone(), engine_config(hello.as_ref()));
     let (commits, requests) = crossbeam::channel::unbounded();
     let superblock = cache.store.superblock().clone();
     expect(&fetch.source_side(), &superblock, hello.as_ref())?;

@@ -14,7 +14,7 @@ use super::messages::FetchRequest;
 use super::source_side::SourceSide;
 use super::verify::{Verifier, verify};
 use super::window::Window;
-use crate::engine::{BlockRun, ByteRange, Errno, Event, Extent, FetchError, FetchId, Lane};
+use crate::engine::{BlockRun, ByteRange, EngineConfig, Errno, Event, Extent, FetchError, FetchId, Lane, Questions};
 use crate::nbd::{Standing, Uri};
 use crate::remote::{
     Beforehand, DialError, FetchedData, HandOffError, LossPolicy, Lost, Source, SourceEvents, SourceStats,
@@ -48,6 +48,8 @@ pub struct SourceHello {
     pub tells_extents: bool,
     /// Does it send zeros as holes?
     pub sends_holes: bool,
+    /// Does it take several connections?
+    pub takes_several: bool,
     /// Largest and smallest read that it takes, in bytes.
     pub max_read_bytes: u64,
     /// Smallest unit of a read, in bytes.
@@ -141,10 +143,21 @@ impl SourceHello {
             standing: source.standing(),
             tells_extents: source.tells_extents(),
             sends_holes: source.sends_holes(),
+            takes_several: source.takes_several(),
             max_read_bytes: source.max_read_bytes(),
             min_read_bytes: source.min_read_bytes(),
             stats: source.stats().clone(),
         }
+    }
+}
+
+/// What the engine must know of a source, or of there being none.
+pub fn engine_config(hello: Option<&SourceHello>) -> EngineConfig {
+    let asked = |hello: &SourceHello| if hello.takes_several { Questions::AHEAD } else { Questions::SHARED };
+    EngineConfig {
+        max_fetch_bytes: hello.map_or(MAX_FETCH_BYTES, |hello| hello.max_read_bytes.min(MAX_FETCH_BYTES)),
+        questions: hello.filter(|hello| hello.tells_extents).map(asked),
+        compact: hello.is_some_and(|hello| hello.sends_holes),
     }
 }
 
@@ -333,11 +346,11 @@ impl Fetcher {
     }
 
     /// Asks about holes for hydration, beside what it does meanwhile.
-    pub(super) fn start_query(self: &Rc<Self>, range: ByteRange) {
+    pub(super) fn start_query(self: &Rc<Self>, run: BlockRun) {
         let this = self.clone();
         spawn(async move {
-            let extents = this.extents(range, Lane::Bulk).await;
-            this.core.apply(Event::Extents { extents });
+            let extents = this.extents(this.core.geometry().bytes_of(run), Lane::Bulk).await;
+            this.core.apply(Event::Extents { run, extents });
             this.progress.notify(usize::MAX);
         })
         .detach();

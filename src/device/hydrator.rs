@@ -97,7 +97,7 @@ impl Fetcher {
             Some(Action::StoreZero { fetch, run }) => self.start_store_zero(fetch, run, share),
             Some(Action::QueryExtents { run }) => {
                 drop(share);
-                self.start_query(self.core.geometry().bytes_of(run));
+                self.start_query(run);
             }
             Some(Action::HydrationWaits) => {
                 drop(share);

@@ -30,7 +30,7 @@ mod window;
 
 pub use committer::CommitThread;
 pub use core::{Core, Counters, Health};
-pub use fetcher::{FetchThread, FetchThreadError, MAX_FETCH_BYTES, SourceHello};
+pub use fetcher::{FetchThread, FetchThreadError, MAX_FETCH_BYTES, SourceHello, engine_config};
 pub use gate::{Gate, Phase};
 pub use hydration::{Hydration, HydrationState, Mode, ModeError};
 pub use messages::{VerifyProgress, VerifyReport};

@@ -11,13 +11,13 @@ use futures_util::future::select;
 
 use super::committer::Thread;
 use super::core::Core;
-use super::fetcher::{Fetcher, MAX_FETCH_BYTES, SourceHello};
+use super::fetcher::{Fetcher, SourceHello, engine_config};
 use super::gate::{Gate, Phase};
 use super::hydration::{Hydration, Mode};
 use super::messages::{CommitRequest, FetchRequest};
 use super::queue::Queue;
 use crate::cache::{Cache, CacheOptions, OpenError, SourceFacts};
-use crate::engine::{Engine, EngineConfig};
+use crate::engine::Engine;
 use crate::nbd::Uri;
 use crate::remote::{Beforehand, DialError, LossPolicy, Source};
 use crate::uring::{Mailbox, now, sleep, spawn};
@@ -54,14 +54,10 @@ impl Simulated {
     ) -> Result<Self, StartError> {
         let source = Source::open(uri.clone(), policy, Beforehand { keeps_up: true, known_ferry: false }).await?;
         let hello = SourceHello::of(&source);
+        let config = engine_config(Some(&hello));
         let (size_bytes, identity) = (hello.size_bytes, hello.identity);
         let facts = SourceFacts { uri: uri.to_string(), size_bytes, identity, disk: None };
         let cache = Cache::open(&options, &facts)?;
-        let config = EngineConfig {
-            max_fetch_bytes: hello.max_read_bytes.min(MAX_FETCH_BYTES),
-            extents: hello.tells_extents,
-            compact: hello.sends_holes,
-        };
         let engine = Engine::new(cache.maps.clone(), config);
         let (commits, asked) = crossbeam::channel::unbounded();
         let requests = Mailbox::default();

@@ -3,8 +3,8 @@
 use std::fmt;
 
 use super::geometry::{BlockRun, ByteRange};
-use super::hydrate::Extent;
 use super::inflight::{FetchId, IoId};
+use super::survey::Extent;
 
 /// A guest request, named by the shell. Not used again before its [`Action::Complete`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -154,8 +154,10 @@ pub enum Event {
     },
     /// Hydration has room for one more step.
     Hydrate,
-    /// The answer to QueryExtents: extents in order from the start of the run asked for. Empty: unknown.
+    /// The answer to a QueryExtents: extents in order from the start of the run. Empty: unknown.
     Extents {
+        /// What was asked about.
+        run: BlockRun,
         /// What the source said.
         extents: Vec<Extent>,
     },
@@ -246,7 +248,7 @@ pub enum Action {
         /// Which.
         fetch: FetchId,
     },
-    /// Ask the source where it has holes and zeros. Answer with Extents.
+    /// Ask the source where it has holes and zeros. Answer with Extents. Several may be under way.
     QueryExtents {
         /// The blocks to ask about.
         run: BlockRun,

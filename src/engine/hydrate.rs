@@ -3,9 +3,9 @@
 //! In order of address, from a cursor that starts again at the front when it has come to the end:
 //! blocks that failed or were taken back are absent still and are found then. After a round in which blocks
 //! failed comes a rest, so that a source with bad blocks is not asked for them without end. Where the source tells
-//! its holes, they are never asked for: they cross as metadata. While such a question is under way, blocks are fetched
+//! its holes, they are never asked for: they cross as metadata. While a question about them is under way, blocks are fetched
 //! as if they were data if the source sends zeros as holes: then nothing is lost if they are none, and no round trip
-//! is spent on waiting.
+//! is spent on waiting. Not so behind zeros: there will be more of them.
 //!
 //! What is known to be *hot* comes before all that, where the source sends zeros as holes: so no question is needed.
 //!
@@ -18,23 +18,12 @@ use std::num::NonZeroU64;
 use super::geometry::{BlockRun, ByteRange, Geometry};
 use super::inflight::Inflight;
 use super::maps::Maps;
-
-/// Bytes of the device that one extents query asks about: few round trips, and an answer of bounded length.
-const QUERY_BYTES: u64 = 1 << 30;
+use super::survey::{Extent, Known, Questions, Survey};
 
 /// Absent bytes that are little: what is under way to the source at a time.
 const LITTLE_BYTES: u64 = 24 << 20;
 /// The same as a part of the disk.
 const LITTLE_PART: u64 = 16;
-
-/// A stretch of the source, as it describes it.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
-    /// Length in bytes.
-    pub len_bytes: u64,
-    /// Reads as zeros.
-    pub zero: bool,
-}
 
 /// What hydration does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -63,27 +52,25 @@ pub(super) struct Planner {
     cursor: u64,
     /// Everything before it is present: where to start again. On a disk of terabytes it takes long to find.
     front: u64,
-    /// Does the source tell its extents?
-    extents_known: bool,
+    /// Where there are zeros, if the source tells.
+    survey: Option<Survey>,
     /// Does it send zeros as holes, when they are read?
     compact: bool,
-    /// What the source said, in order: run and "zeros".
-    extents: VecDeque<(BlockRun, bool)>,
-    asked: Option<BlockRun>,
+    /// What lies before the cursor was told to be zeros.
+    behind_zeros: bool,
     /// Did a block fail in this round?
     failed: bool,
 }
 
 impl Planner {
-    pub(super) fn new(extents_known: bool, compact: bool) -> Self {
+    pub(super) fn new(questions: Option<Questions>, compact: bool) -> Self {
         Self {
             hot: VecDeque::new(),
             cursor: 0,
             front: 0,
-            extents_known,
+            survey: questions.map(Survey::new),
             compact,
-            extents: VecDeque::new(),
-            asked: None,
+            behind_zeros: false,
             failed: false,
         }
     }
@@ -104,7 +91,8 @@ impl Planner {
                 at_front_again = true;
                 self.front = maps.next_absent(self.front).unwrap_or(self.front);
                 self.cursor = self.front;
-                self.extents.clear();
+                self.survey.iter_mut().for_each(Survey::start_over);
+                self.behind_zeros = false;
                 if std::mem::take(&mut self.failed) {
                     return Next::Rest;
                 }
@@ -128,10 +116,8 @@ impl Planner {
             } else {
                 let (owner, until) = inflight.look(hot.start);
                 let until = until.min(hot.end);
-                // The runs that the source has told lie in order; of zeros there is nothing to fetch.
-                let at = self.extents.partition_point(|(run, _)| run.end <= hot.start);
-                let zeros = self.extents.range(at..).find(|(_, zero)| *zero).map(|(zeros, _)| *zeros);
-                let zeros = zeros.filter(|zeros| zeros.start < until);
+                // Of zeros there is nothing to fetch.
+                let zeros = self.survey.as_ref().and_then(|survey| survey.zeros_in(hot.start, until));
                 if let Some(zeros) = zeros.filter(|zeros| zeros.contains(hot.start)) {
                     hot.start = zeros.end.min(hot.end);
                     continue;
@@ -154,31 +140,26 @@ impl Planner {
     }
 
     fn step(&mut self, maps: &Maps, start: u64, until: u64, max_fetch: NonZeroU64) -> Next {
-        let geometry = maps.geometry();
-        let until = until.min(geometry.blocks());
-        let (end, zero) = if self.extents_known {
-            while self.extents.front().is_some_and(|(run, _)| run.end <= start) {
-                self.extents.pop_front();
-            }
-            match self.extents.front() {
-                Some((run, zero)) if run.contains(start) => (run.end.min(until), *zero),
-                _ if self.asked.is_some_and(|asked| self.compact && asked.contains(start)) => (until, false),
-                _ if self.compact && maps.lacks_little() => (until, false),
-                _ if self.asked.is_some() => return Next::Wait,
-                _ => {
-                    let run =
-                        BlockRun::new(start, geometry.blocks().min(start + geometry.blocks_in(QUERY_BYTES).get()));
-                    self.extents.clear();
-                    self.asked = Some(run);
-                    return Next::Query(run);
-                }
-            }
-        } else {
-            (until, false)
+        let until = until.min(maps.geometry().blocks());
+        let asks = !(self.compact && maps.lacks_little());
+        let known = match &mut self.survey {
+            Some(survey) => match asks.then(|| survey.ask(maps, start)).flatten() {
+                Some(run) => return Next::Query(run),
+                None => survey.look(start),
+            },
+            None => Known::Data(until),
+        };
+        let (end, zero) = match known {
+            Known::Zeros(end) => (end.min(until), true),
+            Known::Data(end) => (end.min(until), false),
+            Known::Asked(end) if self.compact && !self.behind_zeros => (end.min(until), false),
+            Known::Asked(_) | Known::No if !asks => (until, false),
+            Known::Asked(_) | Known::No => return Next::Wait,
         };
         let end = if zero { end } else { end.min(start + max_fetch.get()) };
         let run = BlockRun::new(start, maps.absent_until(start, end));
         self.cursor = run.end;
+        self.behind_zeros = zero;
         if zero { Next::Zero(run) } else { Next::Fetch(run) }
     }
 
@@ -187,15 +168,9 @@ impl Planner {
         self.failed = true;
     }
 
-    /// Takes the answer to the query. An empty one (the source could not say) counts as data.
-    pub(super) fn answer(&mut self, geometry: Geometry, extents: &[Extent]) {
-        let Some(asked) = self.asked.take() else {
-            return;
-        };
-        self.extents = to_blocks(geometry, asked, extents);
-        if self.extents.is_empty() {
-            self.extents.push_back((asked, false));
-        }
+    /// Takes the answer to a question.
+    pub(super) fn answer(&mut self, geometry: Geometry, asked: BlockRun, extents: &[Extent]) {
+        self.survey.iter_mut().for_each(|survey| survey.answer(geometry, asked, extents));
     }
 }
 
@@ -208,40 +183,6 @@ impl Maps {
     }
 }
 
-/// Extents in bytes → runs of blocks. Only a block that is zeros whole counts as zeros.
-fn to_blocks(geometry: Geometry, asked: BlockRun, extents: &[Extent]) -> VecDeque<(BlockRun, bool)> {
-    let bytes = geometry.bytes_of(asked);
-    let mut runs = VecDeque::new();
-    let mut done = asked.start;
-    let mut at = bytes.start;
-    let mut extents = extents.iter().peekable();
-    let mut zeros_since = None;
-    while let Some(extent) = extents.next() {
-        let start = if extent.zero { *zeros_since.get_or_insert(at) } else { at };
-        at = at.saturating_add(extent.len_bytes).min(bytes.end);
-        let more_zeros = extents.peek().is_some_and(|next| next.zero);
-        if extent.zero && !more_zeros {
-            let inside = geometry.inside(ByteRange { start, end: at }).clip(asked);
-            if !inside.is_empty() {
-                push(&mut runs, BlockRun::new(done, inside.start), false);
-                push(&mut runs, inside, true);
-                done = inside.end;
-            }
-            zeros_since = None;
-        }
-    }
-    // What the answer covers only in part (the end of a short answer) is asked about again.
-    let covered = geometry.inside(ByteRange { start: bytes.start, end: at }).end.clamp(done, asked.end);
-    push(&mut runs, BlockRun::new(done, covered), false);
-    runs
-}
-
-fn push(runs: &mut VecDeque<(BlockRun, bool)>, run: BlockRun, zero: bool) {
-    if !run.is_empty() {
-        runs.push_back((run, zero));
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -251,43 +192,15 @@ mod tests {
     }
 
     #[test]
-    fn only_whole_blocks_of_zeros_are_zeros() {
-        let g = Geometry::new(10 * 4096 + 512, 4096).unwrap();
-        let runs = to_blocks(
-            g,
-            g.all(),
-            &[extent(5000, false), extent(4096, true), extent(8192, true), extent(1 << 40, false)],
-        );
-        // Zeros from 5000 to 17288: blocks 2 and 3 are inside.
-        assert_eq!(runs, [(BlockRun::new(0, 2), false), (BlockRun::new(2, 4), true), (BlockRun::new(4, 11), false)]);
-        let tail = to_blocks(g, BlockRun::new(8, 11), &[extent(1 << 40, true)]);
-        assert_eq!(tail, [(BlockRun::new(8, 11), true)]);
-    }
-
-    #[test]
-    fn a_short_answer_is_asked_about_again() {
-        let g = Geometry::new(10 * 4096, 4096).unwrap();
-        assert_eq!(to_blocks(g, g.all(), &[extent(4096 * 3 + 100, false)]), [(BlockRun::new(0, 3), false)]);
-        // An answer of less than a block says nothing, and counts as data.
-        let mut planner = Planner::new(true, false);
-        let maps = Maps::in_memory(g);
-        let max = g.blocks_in(4096 * 4);
-        assert_eq!(planner.next(&maps, &Inflight::default(), max), Next::Query(g.all()));
-        assert_eq!(planner.next(&maps, &Inflight::default(), max), Next::Wait);
-        planner.answer(g, &[extent(100, true)]);
-        assert_eq!(planner.next(&maps, &Inflight::default(), max), Next::Fetch(BlockRun::new(0, 4)));
-    }
-
-    #[test]
     fn what_costs_nothing_if_it_is_a_hole_is_fetched_before_the_answer_comes() {
         let g = Geometry::new(20 * 4096, 4096).unwrap();
         let (maps, max) = (Maps::in_memory(g), g.blocks_in(4096 * 4));
-        let mut planner = Planner::new(true, true);
+        let mut planner = Planner::new(Some(Questions::AHEAD), true);
         let none = Inflight::default();
         assert_eq!(planner.next(&maps, &none, max), Next::Query(g.all()));
         assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(0, 4)));
         assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(4, 8)));
-        planner.answer(g, &[extent(4096 * 10, false), extent(4096 * 10, true)]);
+        planner.answer(g, g.all(), &[extent(4096 * 10, false), extent(4096 * 10, true)]);
         assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(8, 10)));
         assert_eq!(planner.next(&maps, &none, max), Next::Zero(BlockRun::new(10, 20)));
     }
@@ -298,12 +211,15 @@ mod tests {
         let (maps, max, none) = (Maps::in_memory(g), g.blocks_in(4096 * 4), Inflight::default());
         maps.mark_present(BlockRun::new(4, 63));
         assert!(!maps.lacks_little(), "one more than the sixteenth part");
-        assert!(matches!(Planner::new(true, true).next(&maps, &none, max), Next::Query(_)));
+        assert!(matches!(Planner::new(Some(Questions::AHEAD), true).next(&maps, &none, max), Next::Query(_)));
         maps.mark_present(BlockRun::new(0, 1));
         assert!(maps.lacks_little());
-        assert_eq!(Planner::new(true, true).next(&maps, &none, max), Next::Fetch(BlockRun::new(1, 4)));
+        assert_eq!(
+            Planner::new(Some(Questions::AHEAD), true).next(&maps, &none, max),
+            Next::Fetch(BlockRun::new(1, 4))
+        );
         // Zeros that would cross as data are asked for all the same.
-        assert!(matches!(Planner::new(true, false).next(&maps, &none, max), Next::Query(_)));
+        assert!(matches!(Planner::new(Some(Questions::AHEAD), false).next(&maps, &none, max), Next::Query(_)));
     }
 
     #[test]
@@ -311,7 +227,7 @@ mod tests {
         let g = Geometry::new(40 * 4096, 4096).unwrap();
         let (maps, max) = (Maps::in_memory(g), g.blocks_in(4096 * 4));
         let mut inflight = Inflight::default();
-        let mut planner = Planner::new(false, true);
+        let mut planner = Planner::new(None, true);
         let hot = |start: u64, end: u64| ByteRange { start: start * 4096, end: end * 4096 };
         planner.prefer(g, &[hot(10, 16), hot(30, 33), hot(39, 60)]);
         maps.mark_present(BlockRun::new(10, 11));
@@ -320,14 +236,14 @@ mod tests {
         let fetch = |start, end| Next::Fetch(BlockRun::new(start, end));
         assert_eq!(next, [fetch(11, 15), fetch(15, 16), fetch(30, 31), fetch(32, 33), fetch(39, 40), fetch(0, 4)]);
         // What is known to be zeros is not asked for.
-        planner = Planner::new(true, true);
+        planner = Planner::new(Some(Questions::AHEAD), true);
         assert_eq!(planner.next(&maps, &inflight, max), Next::Query(g.all()));
-        planner.answer(g, &[extent(34 * 4096, false), extent(2 * 4096, true), extent(4 * 4096, false)]);
+        planner.answer(g, g.all(), &[extent(34 * 4096, false), extent(2 * 4096, true), extent(4 * 4096, false)]);
         planner.prefer(g, &[hot(32, 38)]);
         let next: Vec<Next> = (0..3).map(|_| planner.next(&maps, &inflight, max)).collect();
         assert_eq!(next, [fetch(32, 34), fetch(36, 38), fetch(0, 4)]);
         // Where zeros cross as data they are not fetched before it is known that they are none.
-        let mut careful = Planner::new(true, false);
+        let mut careful = Planner::new(Some(Questions::AHEAD), false);
         careful.prefer(g, &[hot(10, 16)]);
         assert_eq!(careful.next(&maps, &inflight, max), Next::Query(g.all()));
     }
@@ -339,7 +255,7 @@ mod tests {
         let mut inflight = Inflight::default();
         maps.mark_present(BlockRun::new(0, 2));
         inflight.give(BlockRun::new(4, 6), super::super::inflight::Owner::Wire(super::super::FetchId(1)));
-        let mut planner = Planner::new(false, false);
+        let mut planner = Planner::new(None, false);
         let max = g.blocks_in(4096 * 5);
         let mut seen = Vec::new();
         while let Next::Fetch(run) = planner.next(&maps, &inflight, max) {

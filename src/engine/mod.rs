@@ -23,12 +23,13 @@ mod inflight;
 mod maps;
 mod ops;
 mod state;
+mod survey;
 
 pub use event::{Action, Errno, Event, FetchError, Lane, OpId, OpKind};
 pub use geometry::{BlockRun, ByteRange, Geometry, GeometryError, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES};
-pub use hydrate::Extent;
 pub use inflight::{FetchId, IoId};
 pub use maps::{Maps, PAGE_BLOCKS, PAGE_WORDS, PageImage, Words, load_page};
 #[cfg(feature = "planted-faults")]
 pub use state::PlantedFault;
 pub use state::{Engine, EngineConfig};
+pub use survey::{Extent, Questions};

@@ -12,14 +12,15 @@ use super::hydrate::{Next, Planner};
 use super::inflight::{FetchId, Inflight, IoId, Owner};
 use super::maps::Maps;
 use super::ops::{Ended, Ops, Segment};
+use super::survey::Questions;
 
 /// What the engine must know of its surroundings.
 #[derive(Clone, Copy, Debug)]
 pub struct EngineConfig {
     /// Most bytes that one fetch asks for.
     pub max_fetch_bytes: u64,
-    /// Does the source tell its holes?
-    pub extents: bool,
+    /// How the source is asked about its holes, if it tells them.
+    pub questions: Option<Questions>,
     /// Does it send zeros as holes when they are read, at next to no cost?
     pub compact: bool,
 }
@@ -90,7 +91,7 @@ impl Engine {
     /// An engine on these maps, with nothing in flight.
     pub fn new(maps: Maps, config: EngineConfig) -> Self {
         Self {
-            planner: Planner::new(config.extents, config.compact),
+            planner: Planner::new(config.questions, config.compact),
             readahead: Readahead::default(),
             ahead_blocks: 0,
             maps,
@@ -148,7 +149,7 @@ impl Engine {
             Event::Stored { fetch, run, result } => self.stored(fetch, run, result, out),
             Event::Ahead { range } => self.read_ahead(range, out),
             Event::Hydrate => self.hydrate(out),
-            Event::Extents { extents } => self.planner.answer(self.maps.geometry(), &extents),
+            Event::Extents { run, extents } => self.planner.answer(self.maps.geometry(), run, &extents),
             Event::Hot { ranges } => self.planner.prefer(self.maps.geometry(), &ranges),
             Event::Committed { result } => self.committed(result, out),
             Event::CommitDue => {

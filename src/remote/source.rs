@@ -27,6 +27,8 @@ use crate::uring::{Task, now, sleep, spawn};
 const DONE_PATIENCE: Duration = Duration::from_secs(2);
 /// How long a fetch of hydration that has been asked for waits for a connection that is not demand's.
 const OWN_LINK_PATIENCE: Duration = Duration::from_millis(500);
+/// A range that no server should find too long to be asked about.
+const MODEST_BYTES: u64 = 1 << 30;
 /// Longest range that is asked about at once: what was written there.
 const CHANGED_BYTES: u64 = 2 << 30;
 /// So many of these questions are under way.
@@ -350,13 +352,16 @@ impl Source {
         }
     }
 
-    /// Holes and zeros of a range. Empty: the source cannot say. Hydration waits for the answer as long as it takes.
-    pub async fn extents(&self, range: ByteRange, lane: Lane) -> Vec<Extent> {
+    /// Holes and zeros of a range, or of its beginning. Empty: the source cannot say. Hydration waits for the answer as
+    /// long as it takes.
+    pub async fn extents(&self, mut range: ByteRange, lane: Lane) -> Vec<Extent> {
         let patience = if lane == Lane::Bulk { Patience::Endless } else { Patience::Policy };
         loop {
             let Some(link) = self.shared.link(lane, patience).await else { return Vec::new() };
             match link.extents(range).await {
                 Ok(extents) => return extents,
+                // A server may have a limit of its own, though the protocol has none.
+                Err(LinkError::Refused(_)) if range.len() > MODEST_BYTES => range.end = range.start + MODEST_BYTES,
                 Err(LinkError::Refused(_)) => return Vec::new(),
                 Err(LinkError::Lost) => {}
             }

@@ -130,6 +130,6 @@ impl World {
             let sectors = self.setup.sectors_in(blkferry::engine::BlockRun::new(block, block + 1));
             self.told_zero[block as usize] = zeros[sectors.start as usize..sectors.end as usize].iter().all(|&z| z);
         }
-        self.feed(Event::Extents { extents }).map(drop)
+        self.feed(Event::Extents { run: asked, extents }).map(drop)
     }
 }

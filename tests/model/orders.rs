@@ -38,8 +38,15 @@ impl World {
             }
             Action::Release { fetch } => self.take_release(fetch),
             Action::QueryExtents { run } => {
-                let asked = self.tasks.iter().any(|t| matches!(t.what, What::Query(_)));
-                ensure!(!asked, "I10", "a second query of extents");
+                let asked =
+                    self.tasks.iter().filter_map(|t| if let What::Query(run) = t.what { Some(run) } else { None });
+                let asked: Vec<BlockRun> = asked.collect();
+                let most = self.setup.config.questions.map_or(0, |questions| questions.at_once);
+                ensure!(asked.len() < most, "I10", "one question more than {most}");
+                let twice = asked.iter().find(|asked| !asked.clip(run).is_empty());
+                ensure!(twice.is_none(), "I10", "asked about {run} while asked about {twice:?}");
+                let absent = !run.is_empty() && !self.maps().is_present(run.start);
+                ensure!(absent, "I10", "asked about {run}, the first block of which is here");
                 self.tasks.push(Task::new(What::Query(run)));
                 Ok(())
             }

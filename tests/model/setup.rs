@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use blkferry::engine::{BlockRun, ByteRange, EngineConfig, Geometry, PAGE_BLOCKS, PageImage};
+use blkferry::engine::{BlockRun, ByteRange, EngineConfig, Geometry, PAGE_BLOCKS, PageImage, Questions};
 
 use crate::metadata::Birth;
 use crate::rng::Rng;
@@ -41,7 +41,7 @@ impl Setup {
         let geometry = Geometry::new(blocks.len() as u64 * 4096, 4096).expect("a valid size");
         Self {
             geometry,
-            config: EngineConfig { max_fetch_bytes: max_fetch_blocks * 4096, extents: false, compact: false },
+            config: EngineConfig { max_fetch_bytes: max_fetch_blocks * 4096, questions: None, compact: false },
             source_zero: vec![false; blocks.len() * 8],
             birth: Arc::new(Birth::new(geometry, first_pages(&blocks))),
             blocks,
@@ -60,10 +60,15 @@ impl Setup {
             _ => PAGE_BLOCKS + rng.between(1, 100),
         };
         let last_bytes = if rng.percent(40) { SECTOR * rng.between(1, block_bytes / SECTOR) } else { block_bytes };
-        let geometry =
-            Geometry::new((blocks - 1) * block_bytes + last_bytes, block_bytes).expect("a size that is allowed");
+        let size_bytes = (blocks - 1) * block_bytes + last_bytes;
+        let geometry = Geometry::new(size_bytes, block_bytes).expect("a size that is allowed");
         let max_fetch_bytes = rng.one_of(&[512, block_bytes, 2 * block_bytes, 3 * block_bytes, 1 << 20]);
-        let config = EngineConfig { max_fetch_bytes, extents: rng.percent(50), compact: rng.percent(50) };
+        // Most answers of all of it; some in several questions.
+        let questions = rng.percent(50).then(|| {
+            let few = Questions { bytes: block_bytes * (1 + size_bytes / 512 % 5), at_once: 1 + (blocks % 4) as usize };
+            if (size_bytes / 4096).is_multiple_of(2) { Questions::AHEAD } else { few }
+        });
+        let config = EngineConfig { max_fetch_bytes, questions, compact: rng.percent(50) };
         let in_use = rng.percent(40);
         let states = [Initial::Absent, Initial::Absent, Initial::Fetched, Initial::Dirty];
         let state = |rng: &mut Rng| if in_use { rng.one_of(&states) } else { Initial::Absent };
