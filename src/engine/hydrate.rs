@@ -9,7 +9,7 @@
 //!
 //! What is known to be *hot* comes before all that, where the source sends zeros as holes: so no question is needed.
 //!
-//! Of little that is absent here and there, as of a disk that comes home, nothing is asked: the answer would be about the
+//! Of little that is absent from the beginning, as of a disk that comes home, nothing is asked: the answer would be about the
 //! rest of the disk, and would keep the source from sending what is wanted.
 
 use std::collections::VecDeque;
@@ -70,6 +70,8 @@ pub(super) struct Planner {
     /// What the source said, in order: run and "zeros".
     extents: VecDeque<(BlockRun, bool)>,
     asked: Option<BlockRun>,
+    /// What was known to be zeros once is not to be fetched in a later round.
+    has_asked: bool,
     /// Did a block fail in this round?
     failed: bool,
 }
@@ -84,6 +86,7 @@ impl Planner {
             compact,
             extents: VecDeque::new(),
             asked: None,
+            has_asked: false,
             failed: false,
         }
     }
@@ -163,13 +166,13 @@ impl Planner {
             match self.extents.front() {
                 Some((run, zero)) if run.contains(start) => (run.end.min(until), *zero),
                 _ if self.asked.is_some_and(|asked| self.compact && asked.contains(start)) => (until, false),
-                _ if self.compact && maps.lacks_little() => (until, false),
+                _ if self.compact && !self.has_asked && maps.lacks_little() => (until, false),
                 _ if self.asked.is_some() => return Next::Wait,
                 _ => {
                     let run =
                         BlockRun::new(start, geometry.blocks().min(start + geometry.blocks_in(QUERY_BYTES).get()));
                     self.extents.clear();
-                    self.asked = Some(run);
+                    (self.asked, self.has_asked) = (Some(run), true);
                     return Next::Query(run);
                 }
             }
