@@ -9,7 +9,7 @@
 //!
 //! What is known to be *hot* comes before all that, where the source sends zeros as holes: so no question is needed.
 //!
-//! Of little that is absent here and there, as of a disk that comes home, nothing is asked: the answer would be about the
+//! Of little that is absent from the beginning, as of a disk that comes home, nothing is asked: the answer would be about the
 //! rest of the disk, and would keep the source from sending what is wanted.
 
 use std::collections::VecDeque;
@@ -58,6 +58,8 @@ pub(super) struct Planner {
     compact: bool,
     /// What lies before the cursor was told to be zeros.
     behind_zeros: bool,
+    /// What was known to be zeros once is not to be fetched in a later round.
+    has_asked: bool,
     /// Did a block fail in this round?
     failed: bool,
 }
@@ -71,6 +73,7 @@ impl Planner {
             survey: questions.map(Survey::new),
             compact,
             behind_zeros: false,
+            has_asked: false,
             failed: false,
         }
     }
@@ -141,10 +144,13 @@ impl Planner {
 
     fn step(&mut self, maps: &Maps, start: u64, until: u64, max_fetch: NonZeroU64) -> Next {
         let until = until.min(maps.geometry().blocks());
-        let asks = !(self.compact && maps.lacks_little());
+        let asks = self.has_asked || !self.compact || !maps.lacks_little();
         let known = match &mut self.survey {
             Some(survey) => match asks.then(|| survey.ask(maps, start)).flatten() {
-                Some(run) => return Next::Query(run),
+                Some(run) => {
+                    self.has_asked = true;
+                    return Next::Query(run);
+                }
                 None => survey.look(start),
             },
             None => Known::Data(until),
@@ -153,7 +159,7 @@ impl Planner {
             Known::Zeros(end) => (end.min(until), true),
             Known::Data(end) => (end.min(until), false),
             Known::Asked(end) if self.compact && !self.behind_zeros => (end.min(until), false),
-            Known::Asked(_) | Known::No if !asks => (until, false),
+            Known::No if !asks => (until, false),
             Known::Asked(_) | Known::No => return Next::Wait,
         };
         let end = if zero { end } else { end.min(start + max_fetch.get()) };

@@ -1,12 +1,18 @@
-//! The disk and what was written there, asked in one breath: what is told must be how it is after the disk was given.
+//! What is said in one breath, because each answer that is waited for takes a round trip: the disk and what was written
+//! there, of which must be told how it is after the disk was given; and all of the handshake with an export of ours.
 
 use std::cell::Cell;
+use std::io::{Read, Write};
+use std::os::unix::net::UnixListener;
 use std::path::Path;
 use std::rc::Rc;
 use std::time::Duration;
 
 use blkferry::engine::ByteRange;
-use blkferry::nbd::{Address, Ask, Base, ExportInfo, HANDOFF_VERSION, NbdError, Standing, Told, TransmissionFlags};
+use blkferry::nbd::{
+    Address, Ask, Base, ExportInfo, HANDOFF_VERSION, NbdError, ServerHandshake, ServerStep, Standing, Told,
+    TransmissionFlags,
+};
 use blkferry::remote::{Beforehand, Changed, LossPolicy, OnLoss, Source};
 use blkferry::server::{Disk, DiskExtent, ServeStats, Server};
 use blkferry::uring::{Listener, Part, Reactor, sleep};
@@ -100,4 +106,50 @@ fn what_was_told_before_the_disk_was_given_is_not_believed() {
     let (with_it, after_it) = take_from(&dir.path().join("s"), false);
     assert!(with_it.is_none(), "{with_it:?}");
     assert_eq!(after_it.stretches, [(SIZE, true)]);
+}
+
+/// Answers no option before it has got all of them, and says when it has.
+fn patient_server(listener: &UnixListener) {
+    let (mut stream, _) = listener.accept().unwrap();
+    let export = ExportInfo {
+        identity: Some("device:2".into()),
+        ..ExportInfo::new("disk", SIZE, TransmissionFlags::HAS_FLAGS | TransmissionFlags::READ_ONLY)
+    };
+    let (mut server, greeting) = ServerHandshake::new(vec![export]);
+    stream.write_all(&greeting).unwrap();
+    let mut kept = Vec::new();
+    loop {
+        let mut bytes = vec![0; server.needs()];
+        stream.read_exact(&mut bytes).unwrap();
+        match server.feed(&bytes).unwrap() {
+            ServerStep::Reply(reply) => kept.extend(reply),
+            ServerStep::Transmission { reply, .. } => {
+                kept.extend(reply);
+                stream.write_all(&kept).unwrap();
+                // Until the client leaves.
+                let _ = stream.read_to_end(&mut Vec::new());
+                return;
+            }
+            ServerStep::Close { .. } => panic!("the client knows how to shake hands"),
+        }
+    }
+}
+
+#[test]
+fn all_options_go_at_once_to_whom_they_may() {
+    let dir = tempfile::tempdir().unwrap();
+    let socket = dir.path().join("s");
+    let listener = UnixListener::bind(&socket).unwrap();
+    let uri = Address::Unix(socket).uri("");
+    std::thread::scope(|scope| {
+        scope.spawn(|| patient_server(&listener));
+        let open = async move {
+            let beforehand = Beforehand { keeps_up: false, known_ferry: true };
+            let source = Source::open(uri, LossPolicy::new(OnLoss::Wait), beforehand).await.unwrap();
+            let told = (source.size_bytes(), source.identity());
+            source.hang_up();
+            told
+        };
+        assert_eq!(Reactor::new().unwrap().block_on(open).unwrap(), (SIZE, "device:2".into()));
+    });
 }
