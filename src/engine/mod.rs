@@ -23,6 +23,7 @@ mod inflight;
 mod maps;
 mod ops;
 mod state;
+mod stride;
 mod survey;
 
 pub use event::{Action, Errno, Event, FetchError, Lane, OpId, OpKind};
