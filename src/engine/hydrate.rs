@@ -7,15 +7,16 @@
 //! as if they were data if the source sends zeros as holes: then nothing is lost if they are none, and no round trip
 //! is spent on waiting. Not so behind zeros: there will be more of them.
 //!
-//! What is known to be *hot* comes before all that, where the source sends zeros as holes: so no question is needed.
+//! What is known to be [hot](super::hot) comes before all that, where the source sends zeros as holes: so no question is
+//! needed.
 //!
 //! Of little that is absent from the beginning, as of a disk that comes home, nothing is asked: the answer would be about the
 //! rest of the disk, and would keep the source from sending what is wanted.
 
-use std::collections::VecDeque;
 use std::num::NonZeroU64;
 
 use super::geometry::{BlockRun, ByteRange, Geometry};
+use super::hot::Hot;
 use super::inflight::Inflight;
 use super::maps::Maps;
 use super::survey::{Extent, Known, Questions, Survey};
@@ -42,13 +43,10 @@ pub(super) enum Next {
     Done,
 }
 
-/// Most hot runs that are remembered: a mebibyte of them. What is more comes in its turn.
-const MAX_HOT_RUNS: usize = 64 << 10;
-
 #[derive(Debug)]
 pub(super) struct Planner {
     /// What comes first.
-    hot: VecDeque<BlockRun>,
+    hot: Hot,
     cursor: u64,
     /// Everything before it is present: where to start again. On a disk of terabytes it takes long to find.
     front: u64,
@@ -67,7 +65,7 @@ pub(super) struct Planner {
 impl Planner {
     pub(super) fn new(questions: Option<Questions>, compact: bool) -> Self {
         Self {
-            hot: VecDeque::new(),
+            hot: Hot::default(),
             cursor: 0,
             front: 0,
             survey: questions.map(Survey::new),
@@ -79,7 +77,8 @@ impl Planner {
     }
 
     pub(super) fn next(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Next {
-        if let Some(run) = self.next_hot(maps, inflight, max_fetch) {
+        let zeros = |run: BlockRun| self.survey.as_ref().and_then(|survey| survey.zeros_in(run.start, run.end));
+        if let Some(run) = self.hot.next(maps, inflight, max_fetch, zeros) {
             return Next::Fetch(run);
         }
         let mut at_front_again = false;
@@ -110,36 +109,16 @@ impl Planner {
         }
     }
 
-    fn next_hot(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Option<BlockRun> {
-        while let Some(hot) = self.hot.front_mut() {
-            if hot.is_empty() {
-                self.hot.pop_front();
-            } else if maps.is_present(hot.start) {
-                hot.start = maps.present_until(hot.start, hot.end);
-            } else {
-                let (owner, until) = inflight.look(hot.start);
-                let until = until.min(hot.end);
-                // Of zeros there is nothing to fetch.
-                let zeros = self.survey.as_ref().and_then(|survey| survey.zeros_in(hot.start, until));
-                if let Some(zeros) = zeros.filter(|zeros| zeros.contains(hot.start)) {
-                    hot.start = zeros.end.min(hot.end);
-                    continue;
-                }
-                let until = zeros.map_or(until, |zeros| zeros.start);
-                if owner.is_none() {
-                    let end = maps.absent_until(hot.start, until.min(hot.start + max_fetch.get()));
-                    return Some(BlockRun::new(std::mem::replace(&mut hot.start, end), end));
-                }
-                hot.start = until;
-            }
-        }
-        None
-    }
-
     /// Takes ranges that are to be fetched before the rest.
     pub(super) fn prefer(&mut self, geometry: Geometry, ranges: &[ByteRange]) {
-        let room = if self.compact { MAX_HOT_RUNS - self.hot.len() } else { 0 };
-        self.hot.extend(ranges.iter().map(|range| geometry.covering(*range).clip(geometry.all())).take(room));
+        if self.compact {
+            self.hot.add(geometry, ranges);
+        }
+    }
+
+    /// The guest has missed these blocks; those that it is about to use with them.
+    pub(super) fn missed(&mut self, geometry: Geometry, run: BlockRun) -> Option<BlockRun> {
+        self.hot.missed(geometry, run)
     }
 
     fn step(&mut self, maps: &Maps, start: u64, until: u64, max_fetch: NonZeroU64) -> Next {

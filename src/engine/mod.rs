@@ -18,11 +18,13 @@
 mod ahead;
 mod event;
 mod geometry;
+mod hot;
 mod hydrate;
 mod inflight;
 mod maps;
 mod ops;
 mod state;
+mod stride;
 mod survey;
 
 pub use event::{Action, Errno, Event, FetchError, Lane, OpId, OpKind};

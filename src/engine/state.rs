@@ -5,7 +5,7 @@
 
 use std::collections::HashMap;
 
-use super::ahead::Readahead;
+use super::ahead::{Readahead, Wanted};
 use super::event::{Action, Errno, Event, FetchError, Lane, OpId, OpKind};
 use super::geometry::{BlockRun, ByteRange};
 use super::hydrate::{Next, Planner};
@@ -472,11 +472,21 @@ impl Engine {
     /// What is on its way ahead is bounded: demand shares its connection.
     fn read_ahead(&mut self, range: ByteRange, out: &mut Vec<Action>) {
         let geometry = self.maps.geometry();
-        let most = geometry.blocks_in(self.config.max_fetch_bytes);
         if self.failed.is_some() {
             return;
         }
-        let Some(wanted) = self.readahead.missed(geometry, geometry.covering(range)) else { return };
+        if let Some(together) = self.planner.missed(geometry, geometry.covering(range)) {
+            self.fetch_ahead(together, out);
+        }
+        match self.readahead.missed(geometry, range) {
+            Wanted::Nothing => {}
+            Wanted::Run(run) => self.fetch_ahead(run, out),
+            Wanted::Steps(steps) => steps.runs(geometry).for_each(|run| self.fetch_ahead(run, out)),
+        }
+    }
+
+    fn fetch_ahead(&mut self, wanted: BlockRun, out: &mut Vec<Action>) {
+        let most = self.maps.geometry().blocks_in(self.config.max_fetch_bytes);
         let mut at = wanted.start;
         while at < wanted.end && self.ahead_blocks < most.get() {
             let (state, until) = self.look(at, wanted.end.min(at + most.get() - self.ahead_blocks));

@@ -15,6 +15,7 @@
 //!               case.rs  explain.rs                          a case, and a failed one in few lines
 //!               hours.rs memory.rs                           a day of one device: nothing grows
 //!               windows.rs                                   what is under way is bounded
+//!               strides.rs                                   what is asked for ahead is worth it
 //! ```
 //!
 //! What it is not about: power cuts and failing disks (`model`), payload that is changed on the way (neither NBD nor
@@ -50,6 +51,7 @@ mod setup;
 mod source;
 #[path = "../common/stamp.rs"]
 mod stamp;
+mod strides;
 mod trouble;
 mod weather;
 mod windows;

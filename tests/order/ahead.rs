@@ -51,6 +51,20 @@ fn misses_that_jump_about_bring_nothing_else() {
 }
 
 #[test]
+fn the_third_equal_step_brings_the_next_ones_and_nothing_between() {
+    let leap = |number: u64| FAR + number * 150;
+    let reads: Vec<u64> = (0..4).map(leap).collect();
+    assert_eq!(far_reads("auto", &reads), (0..6).map(|number| (leap(number), 1)).collect::<Vec<_>>());
+    // Back, and more each time: at least four for the seventh, more if a read came before what was asked for ahead of it.
+    let leap = |number: u64| FAR + 1500 - number * 150;
+    let runs = far_reads("auto", &(0..7).map(leap).collect::<Vec<_>>());
+    assert!(runs.len() >= 11, "{runs:?}");
+    assert_eq!(runs, (0..runs.len() as u64).map(|number| (leap(number), 1)).collect::<Vec<_>>());
+}
+
+#[test]
 fn nothing_is_brought_that_was_not_asked_for_where_hydration_is_off() {
     assert_eq!(far_reads("off", &[FAR, FAR + 1, FAR + 2]), [(FAR, 1), (FAR + 1, 1), (FAR + 2, 1)]);
+    let reads: Vec<u64> = (0..5).map(|number| FAR + number * 150).collect();
+    assert_eq!(far_reads("off", &reads), reads.iter().map(|block| (*block, 1)).collect::<Vec<_>>());
 }

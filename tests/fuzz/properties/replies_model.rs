@@ -1,13 +1,27 @@
 //! What must come of a source's replies: a naive reading of the stream, one reply after the other.
 
-use blkferry::nbd::NbdError;
+use blkferry::nbd::{NbdError, Told};
+
+/// What an answer that says nothing counts as.
+const EIO: i32 = 5;
 
 /// What was asked.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Question {
-    Read { offset: u64, len: usize },
+    Read {
+        offset: u64,
+        len: usize,
+    },
     Extents,
-    Hashes { len: u64 },
+    Hashes {
+        len: u64,
+    },
+    /// A step of a handoff.
+    HandOff,
+    /// What was written there.
+    Changed {
+        len: u64,
+    },
 }
 
 /// What came of it.
@@ -20,6 +34,9 @@ pub enum Outcome {
     /// Length and "zero".
     Extents(Vec<(u64, bool)>),
     Hashes(Vec<[u8; 32]>),
+    Told(Told),
+    /// Length and "written".
+    Changed(Vec<(u64, bool)>),
 }
 
 struct Pending {
@@ -29,6 +46,7 @@ struct Pending {
     hashes: Vec<[u8; 32]>,
     /// How far the hashes reach.
     hashed: u64,
+    told: Option<Told>,
     error: Option<NbdError>,
 }
 
@@ -47,28 +65,52 @@ impl<'a> Stream<'a> {
     }
 }
 
-/// The outcome of each question; they have the cookies 1, 2, …
-pub fn outcomes(questions: &[Question], context_id: u32, max_payload: u64, stream: &[u8]) -> Vec<Outcome> {
+/// The ids of contexts: that of the handshake, and our own, which has a number that never changes.
+#[derive(Clone, Copy, Debug)]
+pub struct Contexts {
+    pub allocation: u32,
+    pub changed: u32,
+}
+
+/// The outcome of each question; they have the cookies 1, 2, … None: it depends on when the pieces of the stream arrive,
+/// since a short answer to what was written is followed by another question, with the next cookie.
+pub fn outcomes(questions: &[Question], contexts: Contexts, max_payload: u64, stream: &[u8]) -> Option<Vec<Outcome>> {
     let pending = |&question| {
         let len = if let Question::Read { len, .. } = question { len } else { 0 };
-        Some(Pending { question, data: vec![None; len], extents: vec![], hashes: vec![], hashed: 0, error: None })
+        let data = vec![None; len];
+        Some(Pending { question, data, extents: vec![], hashes: vec![], hashed: 0, told: None, error: None })
     };
     let mut waiting: Vec<Option<Pending>> = questions.iter().map(pending).collect();
     let mut outcomes = vec![Outcome::Lost; questions.len()];
     let mut stream = Stream(stream);
-    while let Some((index, outcome)) = one_reply(&mut stream, &mut waiting, context_id, max_payload) {
-        if let Some(outcome) = outcome {
-            outcomes[index] = outcome;
+    let mut asks_again = false;
+    loop {
+        let cookie = stream.0.get(8..16).map(|cookie| u64::from_be_bytes(cookie.try_into().expect("eight bytes")));
+        if asks_again && cookie == Some(questions.len() as u64 + 1) {
+            return None;
+        }
+        let Some((index, outcome)) = one_reply(&mut stream, &mut waiting, contexts, max_payload) else { break };
+        match outcome {
+            // It is asked about the rest, and nobody answers that.
+            Some(Outcome::Changed(told)) if questions[index] != (Question::Changed { len: sum(&told) }) => {
+                asks_again = true;
+            }
+            Some(outcome) => outcomes[index] = outcome,
+            None => {}
         }
     }
-    outcomes
+    Some(outcomes)
+}
+
+fn sum(told: &[(u64, bool)]) -> u64 {
+    told.iter().map(|(len, _)| len).sum()
 }
 
 /// None: a rule was broken, or the stream ends.
 fn one_reply(
     stream: &mut Stream<'_>,
     waiting: &mut [Option<Pending>],
-    context_id: u32,
+    contexts: Contexts,
     max_payload: u64,
 ) -> Option<(usize, Option<Outcome>)> {
     let magic = stream.number(4)?;
@@ -94,7 +136,7 @@ fn one_reply(
         if len > max {
             return None;
         }
-        pending.chunk(kind, done, &mut Stream(stream.take(len as usize)?), context_id)?;
+        pending.chunk(kind, done, &mut Stream(stream.take(len as usize)?), contexts)?;
     } else {
         pending.error = NbdError::from_wire(simple_error);
         if let (None, Question::Read { offset, len }) = (pending.error, pending.question) {
@@ -127,7 +169,7 @@ impl Pending {
         Some(())
     }
 
-    fn chunk(&mut self, kind: u16, done: bool, payload: &mut Stream<'_>, context_id: u32) -> Option<()> {
+    fn chunk(&mut self, kind: u16, done: bool, payload: &mut Stream<'_>, contexts: Contexts) -> Option<()> {
         match kind {
             0 => (done && payload.0.is_empty()).then_some(())?,
             1 => {
@@ -141,14 +183,18 @@ impl Pending {
                 (len > 0).then_some(())?;
                 self.put(offset, len, std::iter::repeat(Some(0)))?;
             }
-            5 if self.question == Question::Extents => {
+            5 if matches!(self.question, Question::Extents | Question::Changed { .. }) => {
+                let (context, bit) = match self.question {
+                    Question::Extents => (contexts.allocation, 2),
+                    _ => (contexts.changed, 1),
+                };
                 let id = payload.number(4)?;
                 let mut extents = Vec::new();
                 while !payload.0.is_empty() {
-                    extents.push((payload.number(4)?, payload.number(4)? & 2 != 0));
+                    extents.push((payload.number(4)?, payload.number(4)? & bit != 0));
                 }
                 (!extents.is_empty() && extents.iter().all(|(len, _)| *len > 0)).then_some(())?;
-                if id == u64::from(context_id) {
+                if id == u64::from(context) {
                     self.extents.is_empty().then_some(())?;
                     self.extents.extend(extents);
                 }
@@ -162,6 +208,12 @@ impl Pending {
                     self.hashed = len.min(self.hashed + piece);
                     self.hashes.push(payload.take(32)?.try_into().ok()?);
                 }
+            }
+            // Its JSON is the parser's business: here it is about whose answer it is, and when it counts.
+            0x6673 if self.question == Question::HandOff => {
+                (2..=16_384).contains(&payload.0.len()).then_some(())?;
+                self.told = Some(Told::decode(payload.0).ok()?);
+                payload.0 = &[];
             }
             kind if kind & 0x8000 != 0 => {
                 self.error = Some(NbdError::from_wire(payload.number(4)? as u32)?);
@@ -187,6 +239,10 @@ impl Pending {
             Question::Read { .. } => Outcome::Data(self.data.into_iter().collect::<Option<Vec<u8>>>()?),
             Question::Extents => Outcome::Extents(self.extents),
             Question::Hashes { .. } => Outcome::Hashes(self.hashes),
+            // "Done" without a word.
+            Question::HandOff => self.told.map_or(Outcome::Refused(EIO), Outcome::Told),
+            Question::Changed { len } if (1..=len).contains(&sum(&self.extents)) => Outcome::Changed(self.extents),
+            Question::Changed { .. } => Outcome::Refused(EIO),
         })
     }
 }
