@@ -3,13 +3,16 @@
 import contextlib
 import json
 import re
+import socket
 import subprocess
 import time
 
 from tools import MIB, child, fio, median, relay, wait_for
 
 # Mbit/s and round trip time in ms.
-LINKS = ((100, 20), (1000, 20))
+LINKS = ((100, 20), (1000, 1), (1000, 20))
+# What the way back cannot do without once the disk is to change hands: one to take it, one to fetch.
+ROUND_TRIPS = 2
 SIZE_MIB, QUICK_SIZE_MIB = 1024, 128
 DIRTY_MIB = 10
 WANTED_MIB, WANTED_RATIO = 11, 60
@@ -30,8 +33,16 @@ def status(bench, name):
 
 
 def wait_complete(bench, name):
-    while status(bench, name)["source_needed"]:
-        time.sleep(0.01)
+    """Until the source is not needed any more. Asks the daemon itself: to start a program for each look takes longer than
+    what is to be measured."""
+    with socket.socket(socket.AF_UNIX) as control:
+        control.connect(str(bench.work / "run" / f"{name}.ctl"))
+        answers = control.makefile()
+        while True:
+            control.sendall(b'{"do":"status"}\n')
+            if not json.loads(answers.readline())["ok"]["source_needed"]:
+                return
+            time.sleep(0.002)
 
 
 def attach(bench, address, export, cache, name, *more):
@@ -91,12 +102,13 @@ def tables(bench):
                 "out MiB": middle["out_bytes"] / MIB, "back s": middle["back_s"], "of that from activate s":
                 middle["from_activate_s"], "nobody can write s": middle["guest_waits_s"], "back MiB":
                 middle["back_bytes"] / MIB, "times faster": middle["out_s"] / middle["back_s"],
-                "times faster from activate": middle["out_s"] / middle["from_activate_s"], "runs": runs,
+                "times faster from activate": middle["out_s"] / middle["from_activate_s"],
+                "the link alone s": middle["back_bytes"] * 8 / mbit / 1e6 + ROUND_TRIPS * rtt_ms / 1e3, "runs": runs,
             })
             if middle["back_bytes"] > WANTED_MIB * MIB:
                 bench.failed.append(f"return: {middle['back_bytes']} bytes came back, for {DIRTY_MIB} MiB that were written")
     yield (
         f"a disk of {size_mib} MiB of data goes out, {DIRTY_MIB} MiB of it are written there, and it comes back; from "
-        f"attach until everything is there, both ways. Wanted: at most {WANTED_MIB} MiB back, and {WANTED_RATIO} times "
-        "faster than out, where the link is what takes the time", rows,
+        f"attach until everything is there, both ways, and from activate, when the machine stands still. Wanted: at most "
+        f"{WANTED_MIB} MiB back, and {WANTED_RATIO} times faster than out, where the link is what takes the time", rows,
     )
