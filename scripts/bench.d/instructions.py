@@ -17,6 +17,7 @@ NAMES = {
     "path_miss": "miss of 4 KiB, from request to answer and stored",
     "path_hydrated_mib": "hydration of 1 MiB (256 blocks), from plan to present",
     "path_write_absent": "write of 4 KiB to an absent block", "path_flush_clean": "flush with nothing to commit",
+    "path_ahead_stream": "look ahead of a stream, and what it brings (64 KiB)", "path_ahead_anywhere": "look ahead of reads anywhere",
 }
 
 

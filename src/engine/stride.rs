@@ -80,7 +80,12 @@ pub(super) enum Leap {
 /// The readers, the one that moved last first.
 #[derive(Debug, Default)]
 pub(super) struct Strides {
-    misses: VecDeque<ByteRange>,
+    /// The last ones, in no order.
+    misses: Vec<ByteRange>,
+    /// Which of them is replaced next.
+    oldest: usize,
+    /// A bit for each of their starts: most places that are looked for are not among them.
+    traces: u64,
     readers: VecDeque<Reader>,
 }
 
@@ -95,8 +100,7 @@ impl Strides {
             return Leap::Reader(steps);
         }
         let step = self.third_equal_step(near, read);
-        self.misses.truncate(MISSES - 1);
-        self.misses.push_front(read);
+        self.remember(read);
         let Some(step) = step else { return Leap::Stranger };
         let mut reader = Reader { last: read, step, asked: 0, ahead: FIRST_STEPS };
         let steps = reader.ask();
@@ -107,12 +111,32 @@ impl Strides {
 
     /// The step with which this read follows three others, all as long as it is.
     fn third_equal_step(&self, near: u64, read: ByteRange) -> Option<i64> {
-        let missed = |start: i64| self.misses.iter().any(|miss| miss.start as i64 == start && miss.len() == read.len());
         let here = read.start as i64;
         let steps = self.misses.iter().filter(|miss| miss.len() == read.len()).map(|miss| here - miss.start as i64);
         let mut leaps = steps.filter(|step| step.unsigned_abs() > near.max(read.len()));
-        leaps.find(|step| [2, 3].iter().all(|times| step.checked_mul(*times).is_some_and(|way| missed(here - way))))
+        leaps
+            .find(|step| [2, 3].iter().all(|times| self.has_missed(here.wrapping_sub(step.wrapping_mul(*times)), read)))
     }
+
+    fn has_missed(&self, start: i64, read: ByteRange) -> bool {
+        let is_it = |miss: &ByteRange| miss.start as i64 == start && miss.len() == read.len();
+        self.traces & trace(start) != 0 && self.misses.iter().any(is_it)
+    }
+
+    fn remember(&mut self, read: ByteRange) {
+        if self.misses.len() < MISSES {
+            self.misses.push(read);
+        } else {
+            self.misses[self.oldest] = read;
+            self.oldest = (self.oldest + 1) % MISSES;
+        }
+        self.traces = self.misses.iter().fold(0, |traces, miss| traces | trace(miss.start as i64));
+    }
+}
+
+/// One bit of 64, as good as any other.
+fn trace(start: i64) -> u64 {
+    1 << ((start as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 58)
 }
 
 impl Reader {
