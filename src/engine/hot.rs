@@ -48,6 +48,9 @@ impl Hot {
 
     /// The guest has missed these blocks. What is hot goes on from there; those around it, if it is about to use them.
     pub(super) fn missed(&mut self, geometry: Geometry, run: BlockRun) -> Option<BlockRun> {
+        if self.runs.is_empty() {
+            return None;
+        }
         self.cursor = run.start;
         let (&start, &end) = self.runs.range(..run.end).next_back().filter(|(_, end)| **end > run.start)?;
         if start < run.start {
@@ -61,6 +64,19 @@ impl Hot {
 
     /// The next blocks to fetch; `zeros`: the first run that is known to be zeros within a run.
     pub(super) fn next(
+        &mut self,
+        maps: &Maps,
+        inflight: &Inflight,
+        max_fetch: NonZeroU64,
+        zeros: impl Fn(BlockRun) -> Option<BlockRun>,
+    ) -> Option<BlockRun> {
+        if self.runs.is_empty() {
+            return None;
+        }
+        self.next_of_some(maps, inflight, max_fetch, zeros)
+    }
+
+    fn next_of_some(
         &mut self,
         maps: &Maps,
         inflight: &Inflight,
