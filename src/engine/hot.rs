@@ -53,7 +53,7 @@ impl Hot {
         }
         self.cursor = run.start;
         let (&start, &end) = self.runs.range(..run.end).next_back().filter(|(_, end)| **end > run.start)?;
-        if start < run.start {
+        if start < run.start && self.runs.len() < MAX_RUNS {
             // The next one begins here.
             self.runs.insert(start, run.start);
             self.runs.insert(run.start, end);
@@ -174,6 +174,18 @@ mod tests {
         assert_eq!(hot.missed(geometry, BlockRun::new(100, 101)), None, "half of the disk");
         assert_eq!(hot.missed(geometry, BlockRun::new(599, 600)), None, "not hot");
         assert_eq!(hot.missed(geometry, BlockRun::new(599, 601)), Some(BlockRun::new(600, 728)));
+    }
+
+    #[test]
+    fn no_more_is_remembered_than_there_is_room_for() {
+        let geometry = Geometry::new(1 << 40, 4096).unwrap();
+        let mut hot = Hot::default();
+        let runs: Vec<_> = (0..MAX_RUNS as u64 + 10).map(|at| bytes(at * 1000, at * 1000 + 500)).collect();
+        hot.add(geometry, &runs);
+        for at in 0..100 {
+            hot.missed(geometry, BlockRun::new(at * 1000 + 7, at * 1000 + 8));
+        }
+        assert_eq!(hot.runs.len(), MAX_RUNS);
     }
 
     #[test]
