@@ -448,6 +448,9 @@ impl Shared {
     pub(super) fn report_lost(&self, reason: String, since: Instant) {
         if self.stats.links() == 0 {
             if self.lost_since.get().is_none() {
+                // Others may have been heard after the last look, and have broken in the same moment.
+                self.slots.borrow().iter().flatten().for_each(|link| self.silence.hear(link.heard()));
+                self.silence.count(self.stats.received_bytes(), now());
                 let silent_since = self.silence.since().unwrap_or(since);
                 self.lost_since.set(Some(since.min(silent_since)));
             }
