@@ -70,20 +70,7 @@ impl Hot {
         max_fetch: NonZeroU64,
         zeros: impl Fn(BlockRun) -> Option<BlockRun>,
     ) -> Option<BlockRun> {
-        if self.runs.is_empty() {
-            return None;
-        }
-        self.next_of_some(maps, inflight, max_fetch, zeros)
-    }
-
-    fn next_of_some(
-        &mut self,
-        maps: &Maps,
-        inflight: &Inflight,
-        max_fetch: NonZeroU64,
-        zeros: impl Fn(BlockRun) -> Option<BlockRun>,
-    ) -> Option<BlockRun> {
-        loop {
+        while !self.runs.is_empty() {
             let next = self.runs.range(self.cursor..).next().or_else(|| self.runs.iter().next());
             let (mut start, end) = next.map(|(&start, &end)| (start, end))?;
             self.runs.remove(&start);
@@ -116,6 +103,7 @@ impl Hot {
                 return found;
             }
         }
+        None
     }
 }
 
