@@ -53,7 +53,7 @@ pub(super) async fn keep_link(shared: Rc<Shared>, slot: usize, mut spare: Option
         if let Some(link) = held {
             let (since, answers) = (now(), link.answers());
             link.dead().await;
-            shared.silence.hear(link.heard());
+            shared.listen();
             shared.set(slot, None);
             log::warn!("source {}: connection {slot} lost", shared.uri);
             shared.report_lost("the connection was lost".into(), link.lost_since());
@@ -160,14 +160,13 @@ pub(super) async fn watch(shared: Rc<Shared>) {
         };
         // Who is to fail soon must not wait for long to find out.
         let silence = patience.map_or(SILENCE, |patience| SILENCE.min(patience.max(MIN_SILENCE)));
-        let slots = shared.slots.borrow();
-        let alive = || slots.iter().flatten().filter(|link| link.is_alive());
         #[cfg(feature = "planted-faults")]
         if is_planted(PlantedFault::SilenceUnnoticed) {
             continue;
         }
-        alive().for_each(|link| shared.silence.hear(link.heard()));
-        shared.silence.count(shared.stats.received_bytes(), now());
+        shared.listen();
+        let slots = shared.slots.borrow();
+        let alive = || slots.iter().flatten().filter(|link| link.is_alive());
         let too_long = |since: &Instant| now().duration_since(*since) > silence;
         // On one connection, or on all of them together: requests of one that broke are with another.
         let of_one = alive().filter_map(Link::silent_since).filter(too_long).min();

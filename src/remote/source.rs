@@ -443,14 +443,19 @@ impl Shared {
         }
     }
 
+    /// What came since the last time ends its silence.
+    pub(super) fn listen(&self) {
+        self.slots.borrow().iter().flatten().for_each(|link| self.silence.hear(link.heard()));
+        self.silence.count(self.stats.received_bytes(), now());
+    }
+
     /// `since`: when it was heard last, or when the loss was noticed. Whoever waited in silence before that has waited
     /// already.
     pub(super) fn report_lost(&self, reason: String, since: Instant) {
         if self.stats.links() == 0 {
             if self.lost_since.get().is_none() {
                 // Others may have been heard after the last look, and have broken in the same moment.
-                self.slots.borrow().iter().flatten().for_each(|link| self.silence.hear(link.heard()));
-                self.silence.count(self.stats.received_bytes(), now());
+                self.listen();
                 let silent_since = self.silence.since().unwrap_or(since);
                 self.lost_since.set(Some(since.min(silent_since)));
             }
