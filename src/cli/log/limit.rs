@@ -228,14 +228,12 @@ mod tests {
     #[test]
     fn each_line_is_said_or_counted_whatever_comes_when() {
         let mut log = Listener::new();
-        let (mut lot, mut lines) = (12345_u64, 0);
+        let (mut rng, mut lines) = (fastrand::Rng::with_seed(3), 0);
         for _ in 0..20_000 {
-            lot = lot.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            let draw = lot >> 33;
-            match draw % 50 {
-                0 => log.wait(draw % 100),
+            match rng.u64(..50) {
+                0 => log.wait(rng.u64(..100)),
                 _ => {
-                    log.say([HERE, THERE][(draw / 50 % 2) as usize], ["a", "b", "c"][(draw / 100 % 3) as usize]);
+                    log.say([HERE, THERE][rng.usize(..2)], ["a", "b", "c"][rng.usize(..3)]);
                     lines += 1;
                 }
             }
