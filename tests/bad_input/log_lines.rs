@@ -43,6 +43,13 @@ fn lines_about(log: &Path, what: &str) -> (Vec<String>, Vec<u64>) {
     (said, summed_up.iter().map(count).collect())
 }
 
+/// Some lines are about it, and no more than so many.
+fn assert_few_lines(log: &Path, what: &str, most: u64) {
+    let (said, left_out) = lines_about(log, what);
+    let lines = (said.len() + left_out.len()) as u64;
+    assert!((1..=most).contains(&lines), "{lines} lines: {what}: {said:?}");
+}
+
 #[test]
 fn an_export_counts_whom_it_drops() {
     let world = World::new();
@@ -72,9 +79,7 @@ fn a_daemon_writes_a_few_lines() {
     let device = world.attach(&export.uri, &world.path("cache"), "disk", &["--hydrate", "off"]);
     let started = Instant::now();
     crowd_at(&device.uri);
-    let (said, left_out) = lines_about(&world.run_dir().join("disk.log"), "a client was dropped");
-    let lines = (said.len() + left_out.len()) as u64;
-    assert!((1..=most_since(started)).contains(&lines), "{lines} lines");
+    assert_few_lines(&world.run_dir().join("disk.log"), "a client was dropped", most_since(started));
     world.ok(["detach", "disk", "--incomplete"]);
 }
 
@@ -100,9 +105,7 @@ fn a_disk_that_fails_each_request() {
         }
         let log = world.run_dir().join("disk.log");
         for what in ["cache: write: No space left", "cache: cannot store what was fetched: No space left"] {
-            let (said, left_out) = lines_about(&log, what);
-            let lines = (said.len() + left_out.len()) as u64;
-            assert!((1..=most_since(started)).contains(&lines), "{lines} lines: {what}");
+            assert_few_lines(&log, what, most_since(started));
         }
         world.ok(["detach", "disk", "--incomplete"]);
     });
@@ -124,10 +127,8 @@ fn a_source_that_hangs_up_again_and_again() {
     }
     let log = world.run_dir().join("disk.log");
     for what in ["lost", "source is back"] {
-        let (said, left_out) = lines_about(&log, what);
-        let lines = (said.len() + left_out.len()) as u64;
         // "connection N lost", and "source lost" for each of two reasons.
-        assert!((1..=3 * most_since(started)).contains(&lines), "{lines} lines: {what}: {said:?}");
+        assert_few_lines(&log, what, 3 * most_since(started));
     }
     drop(client);
     world.ok(["detach", "disk", "--incomplete"]);
