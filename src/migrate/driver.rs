@@ -97,12 +97,15 @@ pub enum Outcome {
 }
 
 /// What a driver knows.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct State {
     own: Own,
     moments: Moments,
+    /// When the word to go on was given.
     continued: Option<Instant>,
+    /// How much of the memory was sent, and since when it is no more.
     sent: Option<(u64, Instant)>,
+    /// Since when it is tried to get back, or forward.
     insisting: Option<Instant>,
 }
 
@@ -111,21 +114,13 @@ pub struct Driver<'a, W> {
     world: &'a mut W,
     limits: Limits,
     interrupted: Arc<AtomicBool>,
-    own: Own,
-    moments: Moments,
-    continued: Option<Instant>,
-    /// How much of the memory was sent, and since when it is no more.
-    sent: Option<(u64, Instant)>,
-    /// Since when it is tried to get back, or forward.
-    insisting: Option<Instant>,
+    state: State,
 }
 
 impl<'a, W: World> Driver<'a, W> {
     /// Before the first step. `is_to_run`: the guest runs at the end; `interrupted` is set by somebody who wants it to stay.
     pub fn new(world: &'a mut W, limits: Limits, is_to_run: bool, interrupted: Arc<AtomicBool>) -> Self {
-        let own = Own { is_to_run, ..Own::default() };
-        let (moments, continued, sent, insisting) = (Moments::default(), None, None, None);
-        Self { world, limits, interrupted, own, moments, continued, sent, insisting }
+        Self::resume(world, limits, is_to_run, interrupted, None)
     }
 
     /// Goes on with what another driver knew, if there is one; see [`Driver::into_state`].
@@ -136,24 +131,18 @@ impl<'a, W: World> Driver<'a, W> {
         interrupted: Arc<AtomicBool>,
         state: Option<State>,
     ) -> Self {
-        let fresh = Self::new(world, limits, is_to_run, interrupted);
-        match state {
-            None => fresh,
-            Some(State { own, moments, continued, sent, insisting }) => {
-                Self { own, moments, continued, sent, insisting, ..fresh }
-            }
-        }
+        let fresh = || State { own: Own { is_to_run, ..Own::default() }, ..State::default() };
+        Self { world, limits, interrupted, state: state.unwrap_or_else(fresh) }
     }
 
     /// What it knows, for a driver that goes on in its place: the world is free meanwhile.
     pub fn into_state(self) -> State {
-        let Self { own, moments, continued, sent, insisting, .. } = self;
-        State { own, moments, continued, sent, insisting }
+        self.state
     }
 
     /// When each phase began.
     pub fn moments(&self) -> &Moments {
-        &self.moments
+        &self.state.moments
     }
 
     /// Moves the guest, or sees to it that it stays.
@@ -161,8 +150,8 @@ impl<'a, W: World> Driver<'a, W> {
         loop {
             let view = self.world.look();
             self.mind_limits(&view);
-            let step = next(&view, &self.own);
-            self.moments.enter(&step, self.world.now());
+            let step = next(&view, &self.state.own);
+            self.state.moments.enter(&step, self.world.now());
             if watcher.before(&step, self.world.memory()).is_break() {
                 return Outcome::Abandoned;
             }
@@ -171,29 +160,29 @@ impl<'a, W: World> Driver<'a, W> {
                 return Outcome::Abandoned;
             }
             if let ControlFlow::Break(outcome) = outcome {
-                self.moments.end(self.world.now());
+                self.state.moments.end(self.world.now());
                 return outcome;
             }
         }
     }
 
     fn mind_limits(&mut self, view: &View) {
-        if self.own.gave_up.is_some() || self.own.asked {
+        if self.state.own.gave_up.is_some() || self.state.own.asked {
             return;
         }
         let now = self.world.now();
         let is_late = |since: Option<Instant>, limit: Duration| since.is_some_and(|since| now - since > limit);
         let seconds = |limit: Duration| limit.as_secs();
         let last_sent = self.last_sent(now);
-        self.own.gave_up = match (self.continued, self.limits.memory) {
+        self.state.own.gave_up = match (self.state.continued, self.limits.memory) {
             _ if self.interrupted.load(Ordering::Relaxed) => Some("interrupted".into()),
-            (Some(_), _) if is_late(self.continued, self.limits.switchover) => {
+            (Some(_), _) if is_late(self.state.continued, self.limits.switchover) => {
                 // To see that may have taken all the time: a QEMU whose disk does not answer says nothing.
                 let cause = view.obstacle().map_or_else(String::new, |why| format!(": {why}"));
                 let limit = seconds(self.limits.switchover);
                 Some(format!("the last of the guest's state did not arrive in {limit} s{cause}"))
             }
-            (None, Some(limit)) if is_late(self.moments.memory(), limit) => {
+            (None, Some(limit)) if is_late(self.state.moments.memory(), limit) => {
                 Some(format!("the guest's memory did not arrive in {} s", seconds(limit)))
             }
             (None, _) if is_late(last_sent, self.limits.stall) => Some(format!(
@@ -206,23 +195,23 @@ impl<'a, W: World> Driver<'a, W> {
 
     /// When more of the memory was seen to have been sent, since it began to move.
     fn last_sent(&mut self, now: Instant) -> Option<Instant> {
-        self.moments.memory()?;
+        self.state.moments.memory()?;
         let bytes = self.world.memory().transferred_bytes;
-        if self.sent.is_none_or(|(before, _)| before != bytes) {
-            self.sent = Some((bytes, now));
+        if self.state.sent.is_none_or(|(before, _)| before != bytes) {
+            self.state.sent = Some((bytes, now));
         }
-        self.sent.map(|(_, since)| since)
+        self.state.sent.map(|(_, since)| since)
     }
 
     fn give_up(&mut self, why: String) -> ControlFlow<Outcome> {
-        self.own.gave_up.get_or_insert(why);
+        self.state.own.gave_up.get_or_insert(why);
         ControlFlow::Continue(())
     }
 
     fn perform(&mut self, step: &Step, view: &View) -> ControlFlow<Outcome> {
         match step {
             Step::Start => match self.world.start() {
-                Ok(()) => self.own.started = true,
+                Ok(()) => self.state.own.started = true,
                 Err(why) => return self.give_up(why),
             },
             Step::WaitMemory => self.world.wait(Duration::from_millis(200)),
@@ -230,12 +219,12 @@ impl<'a, W: World> Driver<'a, W> {
             Step::WaitDisks(why) => {
                 if let ControlFlow::Break(_) = self.insist(Stuck::NotActive(why.clone())) {
                     // What comes now, back or not, is given as long again.
-                    self.insisting = None;
+                    self.state.insisting = None;
                     return self.give_up(why.clone());
                 }
             }
             Step::Continue => {
-                self.continued = Some(self.world.now());
+                self.state.continued = Some(self.world.now());
                 if let Err(why) = self.world.go_on() {
                     return self.give_up(why);
                 }
@@ -249,9 +238,9 @@ impl<'a, W: World> Driver<'a, W> {
                 return self.give_up(why.clone());
             }
             Step::Take => {
-                self.own.asked = true;
+                self.state.own.asked = true;
                 match self.world.take() {
-                    Ok(()) => (self.own.taken, self.insisting) = (true, None),
+                    Ok(()) => (self.state.own.taken, self.state.insisting) = (true, None),
                     Err(why) => return self.give_up(why),
                 }
             }
@@ -271,7 +260,7 @@ impl<'a, W: World> Driver<'a, W> {
     fn wait_switchover(&mut self) -> ControlFlow<Outcome> {
         self.world.wait(Duration::from_millis(100));
         // A source that neither ends nor can be made to: cancelled and not gone, or sending to nobody.
-        let since = *self.continued.get_or_insert(self.world.now());
+        let since = *self.state.continued.get_or_insert(self.world.now());
         if self.world.now() - since > self.limits.switchover + INSIST {
             let why = "its migration neither ends nor can be cancelled".to_owned();
             return ControlFlow::Break(Outcome::Stuck(Stuck::SourceStands(why)));
@@ -281,7 +270,7 @@ impl<'a, W: World> Driver<'a, W> {
 
     /// Tries again for a while.
     fn insist(&mut self, stuck: Stuck) -> ControlFlow<Outcome> {
-        let since = *self.insisting.get_or_insert(self.world.now());
+        let since = *self.state.insisting.get_or_insert(self.world.now());
         if self.world.now() - since > INSIST {
             return ControlFlow::Break(Outcome::Stuck(stuck));
         }
@@ -290,16 +279,16 @@ impl<'a, W: World> Driver<'a, W> {
     }
 
     fn activate(&mut self) -> ControlFlow<Outcome> {
-        let was_certain = self.own.activating;
-        self.own.activating = true;
+        let was_certain = self.state.own.activating;
+        self.state.own.activating = true;
         match self.world.activate() {
             Ok(()) => {
-                self.insisting = None;
+                self.state.insisting = None;
                 ControlFlow::Continue(())
             }
             // Nothing has happened, and nothing will: the guest can still stay.
-            Err(NotActive { why, none: true }) if !was_certain && self.own.asked => {
-                self.own.activating = false;
+            Err(NotActive { why, none: true }) if !was_certain && self.state.own.asked => {
+                self.state.own.activating = false;
                 self.give_up(why)
             }
             Err(NotActive { why, .. }) => self.insist(Stuck::NotActive(why)),
@@ -308,9 +297,9 @@ impl<'a, W: World> Driver<'a, W> {
 
     /// The guest goes on at the source; only when every disk is certain to be the source's.
     fn go_back(&mut self, why: &str, view: &View) -> ControlFlow<Outcome> {
-        self.own.gave_up.get_or_insert_with(|| why.into());
+        self.state.own.gave_up.get_or_insert_with(|| why.into());
         let is_running = view.source.as_ref().is_ok_and(|source| source.run == super::plan::Run::Running);
-        let may_be_taken = self.own.asked || !self.own.started;
+        let may_be_taken = self.state.own.asked || !self.state.own.started;
         if may_be_taken
             && !is_running
             && let Err(why) = self.world.call_off()
@@ -318,10 +307,10 @@ impl<'a, W: World> Driver<'a, W> {
             return self.insist(Stuck::NotCalledOff(why));
         }
         // A migration that did not even begin leaves the destination waiting for the next attempt.
-        if self.own.started || !is_running {
+        if self.state.own.started || !is_running {
             self.world.quit_destination();
         }
-        if self.own.is_to_run
+        if self.state.own.is_to_run
             && let Err(why) = self.world.run_source()
         {
             return self.insist(Stuck::SourceStands(why));
