@@ -1,5 +1,6 @@
 //! Sources that are not blkferry: qemu-nbd with qcow2, nbdkit with its plugins and filters.
 
+use std::fs::File;
 use std::path::Path;
 
 use crate::bench::{Phase, attach_in, finish, mixed_image, qemu_io, run, run_json, text};
@@ -167,6 +168,36 @@ fn a_source_with_small_requests_serves_large_blocks() {
     assert_eq!(run_json("nbdinfo", &["--json", &server.uri])["exports"][0]["block_size_maximum"], 65536);
     ferries(&world, &server.uri, &image, &["--block-size", "4K"]);
     ferries(&world, &server.uri, &image, &["--block-size", "1M"]);
+}
+
+/// A server that answers no question about more than a gibibyte: the same questions are asked in shorter ones, and holes do
+/// not cross as data.
+#[test]
+fn a_source_with_short_answers_only_tells_its_holes_all_the_same() {
+    let world = World::new();
+    let (image, cache) = (world.path("image.raw"), world.path("cache.raw"));
+    let (refused, read) = (world.path("refused"), world.path("read"));
+    File::create(&image).unwrap().set_len(5 << 30).unwrap();
+    run("qemu-io", &["-f", "raw", "-c", "write -P 7 1500M 64K", "-c", "write -P 8 5000M 1M", text(&image)]);
+    let extents = format!(
+        "extents=if [ $3 -gt 1073741824 ]; then touch {}; echo EINVAL too much >&2; exit 1; fi
+         printf '%s\\n' '0 1500M hole,zero' '1500M 64K' '1536064K 3583936K hole,zero' '5000M 1M' '5001M 119M hole,zero'",
+        text(&refused)
+    );
+    let pread = format!(
+        "pread=echo $3 >> {}; dd if={} iflag=skip_bytes,count_bytes skip=$4 count=$3 status=none",
+        text(&read),
+        text(&image)
+    );
+    let server = nbdkit(&world, &["eval", "get_size=echo 5368709120", "can_extents=exit 0", &extents, &pread]);
+    let device = attach_in(&world, Phase::Before, &server.uri, &cache, &[]);
+    device.set("hydrate=auto");
+    device.wait_complete();
+    device.detach();
+    run("qemu-img", &["compare", "-f", "raw", "-F", "raw", text(&image), text(&cache)]);
+    assert!(refused.exists(), "nothing was too long for it");
+    let read_bytes: u64 = std::fs::read_to_string(&read).unwrap().lines().map(|len| len.parse::<u64>().unwrap()).sum();
+    assert!(read_bytes < 64 << 20, "{read_bytes} bytes were read");
 }
 
 #[test]
