@@ -1,10 +1,12 @@
 //! What the source's machine used last, and the guest will use next: it comes before everything else in the background.
 //!
-//! In order of address from the guest's last miss on, since what is used together lies together. A short stretch in which
-//! the guest misses a block is one that it is about to use: a file, as far as it was read, the pages of a program that were
-//! touched. It is fetched at once. A long one says no more than that much is in memory there.
+//! The shortest stretches come first: each one makes the guest wait for about one round trip, however long it is, and a
+//! hundred short ones, a file system's metadata and small files, are but a few mebibytes. Where the guest misses a block it
+//! is about to use what lies around it. If that is a short stretch (a file, as far as it was read, the pages of a program
+//! that were touched) it is fetched at once. If it is a long one, what is near is fetched at once, and the rest comes next from
+//! there on, to its end or until the guest misses something else.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 
 use super::geometry::{BlockRun, ByteRange, Geometry};
@@ -15,14 +17,18 @@ use super::maps::Maps;
 const MAX_RUNS: usize = 64 << 10;
 /// A run no longer than this is fetched at once when one of its blocks is missed.
 const TOGETHER_BYTES: u64 = 512 << 10;
+/// What is near in a longer one: so much before it and from there on.
+const NEAR_BYTES: (u64, u64) = (64 << 10, 256 << 10);
 
 /// The runs that are left.
 #[derive(Debug, Default)]
 pub(super) struct Hot {
     /// Start to end; none overlaps another.
     runs: BTreeMap<u64, u64>,
-    /// Where the guest is.
-    cursor: u64,
+    /// The same: length and start.
+    by_length: BTreeSet<(u64, u64)>,
+    /// Where the guest is: the start of a run, unless that is gone.
+    guest: Option<u64>,
 }
 
 impl Hot {
@@ -34,32 +40,32 @@ impl Hot {
                 return;
             }
             if let Some((_, &end)) = self.runs.range(..=run.start).next_back() {
-                run.start = run.start.max(end);
+                run = BlockRun::new(run.start.max(end), run.end);
             }
-            while let Some((&start, &end)) = self.runs.range(run.start..run.end.max(run.start)).next() {
-                self.runs.remove(&start);
+            while let Some((&start, &end)) = self.runs.range(run.start..run.end).next() {
+                self.remove(BlockRun::new(start, end));
                 run.end = run.end.max(end);
             }
-            if !run.is_empty() {
-                self.runs.insert(run.start, run.end);
-            }
+            self.insert(run);
         }
     }
 
     /// The guest has missed these blocks. What is hot goes on from there; those around it, if it is about to use them.
     pub(super) fn missed(&mut self, geometry: Geometry, run: BlockRun) -> Option<BlockRun> {
-        if self.runs.is_empty() {
-            return None;
-        }
-        self.cursor = run.start;
         let (&start, &end) = self.runs.range(..run.end).next_back().filter(|(_, end)| **end > run.start)?;
-        if start < run.start && self.runs.len() < MAX_RUNS {
-            // The next one begins here.
-            self.runs.insert(start, run.start);
-            self.runs.insert(run.start, end);
-        }
         let around = BlockRun::new(start, end);
-        (around.len() <= geometry.blocks_in(TOGETHER_BYTES).get()).then_some(around)
+        let blocks = |bytes| geometry.blocks_in(bytes).get();
+        if around.len() <= blocks(TOGETHER_BYTES) {
+            return Some(around);
+        }
+        self.guest = Some(start.max(run.start));
+        if start < run.start && self.runs.len() < MAX_RUNS {
+            self.remove(around);
+            self.insert(BlockRun::new(start, run.start));
+            self.insert(BlockRun::new(run.start, end));
+        }
+        let (before, on) = NEAR_BYTES;
+        Some(around.clip(BlockRun::new(run.start.saturating_sub(blocks(before)), run.start + blocks(on))))
     }
 
     /// The next blocks to fetch; `zeros`: the first run that is known to be zeros within a run.
@@ -70,10 +76,10 @@ impl Hot {
         max_fetch: NonZeroU64,
         zeros: impl Fn(BlockRun) -> Option<BlockRun>,
     ) -> Option<BlockRun> {
-        while !self.runs.is_empty() {
-            let next = self.runs.range(self.cursor..).next().or_else(|| self.runs.iter().next());
-            let (mut start, end) = next.map(|(&start, &end)| (start, end))?;
-            self.runs.remove(&start);
+        while let Some(run) = self.first() {
+            let is_guests = self.guest == Some(run.start);
+            self.remove(run);
+            let BlockRun { mut start, end } = run;
             let mut found = None;
             while start < end && found.is_none() {
                 if maps.is_present(start) {
@@ -95,15 +101,33 @@ impl Hot {
                     }
                 }
             }
-            if start < end {
-                self.runs.insert(start, end);
+            self.insert(BlockRun::new(start, end));
+            if is_guests {
+                self.guest = Some(start);
             }
             if found.is_some() {
-                self.cursor = start;
                 return found;
             }
         }
         None
+    }
+
+    /// Where the guest is, or the shortest one.
+    fn first(&self) -> Option<BlockRun> {
+        let guests = self.guest.and_then(|start| self.runs.get(&start).map(|&end| BlockRun::new(start, end)));
+        guests.or_else(|| self.by_length.first().map(|&(len, start)| BlockRun::new(start, start + len)))
+    }
+
+    fn insert(&mut self, run: BlockRun) {
+        if !run.is_empty() {
+            self.runs.insert(run.start, run.end);
+            self.by_length.insert((run.len(), run.start));
+        }
+    }
+
+    fn remove(&mut self, run: BlockRun) {
+        self.runs.remove(&run.start);
+        self.by_length.remove(&(run.len(), run.start));
     }
 }
 
@@ -141,25 +165,54 @@ mod tests {
         inflight.give(BlockRun::new(31, 32), Owner::Wire(FetchId(1)));
         let next = || hot.next(&maps, &inflight, MAX, |_| None);
         let found: Vec<_> = std::iter::from_fn(next).map(|run| (run.start, run.end)).collect();
-        assert_eq!(found, [(11, 15), (15, 16), (16, 17), (29, 31), (32, 33), (999, 1000)]);
+        assert_eq!(found, [(16, 17), (999, 1000), (29, 31), (32, 33), (11, 15), (15, 16)]);
     }
 
     #[test]
-    fn it_goes_on_where_the_guest_is_and_comes_round() {
+    fn the_shortest_come_first_and_a_long_one_goes_on_where_the_guest_is() {
         let (geometry, maps) = disk();
         let mut hot = Hot::default();
-        hot.add(geometry, &[bytes(10, 12), bytes(50, 58), bytes(90, 92)]);
-        assert_eq!(hot.missed(geometry, BlockRun::new(54, 55)), Some(BlockRun::new(50, 58)));
-        assert_eq!(all(&mut hot, &maps), [(54, 58), (90, 92), (10, 12), (50, 54)]);
-        assert_eq!(hot.missed(geometry, BlockRun::new(54, 55)), None, "nothing is left");
+        let found = |hot: &mut Hot| {
+            let next = || hot.next(&maps, &Inflight::default(), NonZeroU64::new(64).unwrap(), |_| None);
+            std::iter::from_fn(next).map(|run| (run.start, run.end)).collect::<Vec<_>>()
+        };
+        hot.add(geometry, &[bytes(0, 20), bytes(100, 240), bytes(300, 304), bytes(400, 600), bytes(700, 701)]);
+        // Two that touch are as long as both.
+        hot.add(geometry, &[bytes(304, 318), bytes(800, 819)]);
+        assert_eq!(hot.missed(geometry, BlockRun::new(500, 501)), Some(BlockRun::new(484, 564)), "what is near");
+        let (follow, rest) = ([(500, 564), (564, 600)], [(700, 701), (300, 304), (304, 318), (800, 819), (0, 20)]);
+        let all = found(&mut hot);
+        assert_eq!(all[..2], follow);
+        assert_eq!(all[2..7], rest);
+        assert_eq!(all[7..], [(400, 464), (464, 500), (100, 164), (164, 228), (228, 240)]);
+        assert!(hot.runs.is_empty() && hot.by_length.is_empty());
+        assert_eq!(hot.missed(geometry, BlockRun::new(502, 503)), None, "nothing is left");
     }
 
     #[test]
-    fn what_is_used_together_is_short() {
+    fn the_guest_may_miss_something_else_in_the_middle() {
+        let (geometry, maps) = disk();
+        let mut hot = Hot::default();
+        let mut next = |hot: &mut Hot| hot.next(&maps, &Inflight::default(), MAX, |_| None).map(|run| run.start);
+        hot.add(geometry, &[bytes(0, 400), bytes(500, 999)]);
+        hot.missed(geometry, BlockRun::new(600, 610));
+        assert_eq!([next(&mut hot), next(&mut hot)], [Some(600), Some(604)]);
+        hot.missed(geometry, BlockRun::new(200, 201));
+        assert_eq!([next(&mut hot), next(&mut hot)], [Some(200), Some(204)]);
+        // Not hot: it says nothing.
+        hot.missed(geometry, BlockRun::new(450, 451));
+        assert_eq!(next(&mut hot), Some(208));
+        // It reads on, across what is on its way, into what is not hot.
+        hot.missed(geometry, BlockRun::new(995, 1000));
+        assert_eq!([next(&mut hot), next(&mut hot)], [Some(995), Some(500)], "the shortest");
+    }
+
+    #[test]
+    fn what_is_used_together_is_short_or_near() {
         let (geometry, _) = disk();
         let mut hot = Hot::default();
         hot.add(geometry, &[bytes(0, 500), bytes(600, 728)]);
-        assert_eq!(hot.missed(geometry, BlockRun::new(100, 101)), None, "half of the disk");
+        assert_eq!(hot.missed(geometry, BlockRun::new(1, 2)), Some(BlockRun::new(0, 65)), "half of the disk is not");
         assert_eq!(hot.missed(geometry, BlockRun::new(599, 600)), None, "not hot");
         assert_eq!(hot.missed(geometry, BlockRun::new(599, 601)), Some(BlockRun::new(600, 728)));
     }
@@ -174,6 +227,7 @@ mod tests {
             hot.missed(geometry, BlockRun::new(at * 1000 + 7, at * 1000 + 8));
         }
         assert_eq!(hot.runs.len(), MAX_RUNS);
+        assert_eq!(hot.by_length.len(), MAX_RUNS);
     }
 
     #[test]

@@ -219,7 +219,7 @@ mod tests {
         inflight.give(BlockRun::new(31, 32), super::super::inflight::Owner::Wire(super::super::FetchId(1)));
         let next: Vec<Next> = (0..6).map(|_| planner.next(&maps, &inflight, max)).collect();
         let fetch = |start, end| Next::Fetch(BlockRun::new(start, end));
-        assert_eq!(next, [fetch(11, 15), fetch(15, 16), fetch(30, 31), fetch(32, 33), fetch(39, 40), fetch(0, 4)]);
+        assert_eq!(next, [fetch(39, 40), fetch(30, 31), fetch(32, 33), fetch(11, 15), fetch(15, 16), fetch(0, 4)]);
         // What is known to be zeros is not asked for.
         planner = Planner::new(Some(Questions::AHEAD), true);
         assert_eq!(planner.next(&maps, &inflight, max), Next::Query(g.all()));

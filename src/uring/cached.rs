@@ -10,8 +10,9 @@ use super::file::{FileIo, PAGE_BYTES};
 
 /// The system call's number, the same wherever Linux has the generic table.
 const SYS_CACHESTAT: libc::c_long = 451;
-/// Piece that is told to be in the cache or not: in it is what has half of its pages there.
-const PIECE_BYTES: u64 = 64 << 10;
+/// Piece that is told to be in the cache or not: in it is what has any of its pages there. Small, since what a machine
+/// uses lies scattered in single pages, too, a file system's metadata above all.
+const PIECE_BYTES: u64 = 16 << 10;
 /// Piece that is looked at first; where nothing is, or all, nothing smaller is.
 const FIRST_BYTES: u64 = 64 << 20;
 /// Pages that one call counts, about: a millisecond.
@@ -59,7 +60,7 @@ impl FileIo {
         let pages = self.cached_pages(&range)?;
         let all = len.div_ceil(PAGE_BYTES as u64);
         if pages == 0 || pages >= all || len <= PIECE_BYTES {
-            stretches.push(len, pages * 2 >= all);
+            stretches.push(len, pages > 0);
             return Ok(pages);
         }
         let half = (range.start + len / 2).next_multiple_of(PIECE_BYTES).min(range.end);
