@@ -71,7 +71,10 @@ impl Fetcher {
             }
             hydration.set_state(HydrationState::Running);
             if !self.core.maps().lacks_little() {
-                asks_what_is_hot.get_or_insert_with(|| self.ask_what_is_hot());
+                asks_what_is_hot.get_or_insert_with(|| {
+                    self.source().iter().for_each(|source| self.window.begin(source.round_trip()));
+                    self.ask_what_is_hot()
+                });
             }
             self.hydrate_step(share, mode, &mut pacer).await;
         }

@@ -3,9 +3,13 @@
 //!
 //! By Little's law a link on which `n` bytes are under way and each takes `t` delivers `n / t` of them a second. What
 //! takes longer than the fastest fetch has stood in a queue, and a short queue is enough: so as much is to be under way
-//! as would take the fastest one's time and a little more. It begins with all that there is room for, because a long link
-//! must be filled in its first round trip. The fastest time is looked for again from time to time, with next to nothing
-//! under way: links change. (The idea is that of TCP Vegas, and the probe that of BBR.)
+//! as would take the fastest one's time and a little more. The fastest time is looked for again from time to time, with next
+//! to nothing under way: links change. (The idea is that of TCP Vegas, and the probe that of BBR.)
+//!
+//! It begins with what a link of 1 Gbit/s holds in a round trip: a long link must be filled in its first one, and what has
+//! been asked for of a slow one cannot be taken back when it turns out what the guest needs. While none takes much longer
+//! than the fastest it grows by what has come, twofold in a round trip. Where little is to be fetched at all it begins with
+//! all that there is room for.
 //!
 //! What somebody waits for, and what is read ahead for them, comes first: connections share a link, so while much of that
 //! is under way hydration asks for less, or for nothing. A few small reads do not slow it down.
@@ -22,6 +26,8 @@ const QUEUE: Duration = Duration::from_millis(40);
 const QUEUE_PART: u32 = 3;
 /// So many bytes always.
 const LEAST: u64 = 2 << 20;
+/// What a link is taken for at first, in bytes a second.
+const AT_FIRST: u64 = 125_000_000;
 /// How long the fastest time is believed in.
 const BELIEVED: Duration = Duration::from_secs(30);
 
@@ -70,6 +76,12 @@ impl Window {
         }
     }
 
+    /// Nothing has been asked for yet, and the source's round trip is this.
+    pub(super) fn begin(&self, round_trip: Duration) {
+        let holds = (AT_FIRST as f64 * round_trip.as_secs_f64()) as u64;
+        self.most.set(self.limit.min(LEAST + holds));
+    }
+
     /// May hydration ask for one more?
     pub(super) fn has_room(&self) -> bool {
         // A few small reads take no room.
@@ -107,7 +119,7 @@ impl Window {
             let (bytes_ahead, for_them) = if at < began { (flying - bytes, took - fastest) } else { (flying, took) };
             let as_much = (bytes_ahead as f64 * wanted.as_secs_f64() / for_them.as_secs_f64()) as u64;
             self.most.set(self.most.get().min(as_much).max(LEAST));
-        } else if flying >= self.most.get() {
+        } else if flying >= self.most.get() || at < began {
             self.most.set(self.limit.min(self.most.get() + bytes));
         }
     }
@@ -197,6 +209,34 @@ mod tests {
             let flying = link.flights.len() + 1;
             assert!((least..=most).contains(&flying), "{fetch_ms} ms, RTT {rtt_ms}: {flying} under way");
             assert!(taken > 0.97, "{fetch_ms} ms, RTT {rtt_ms}: only {taken} of the link");
+        }
+    }
+
+    /// As one that begins with all that there is room for fills it, but for the second round trip of a very fast one.
+    #[test]
+    fn a_link_is_filled_from_the_beginning_with_little_more_than_it_holds() {
+        for (fetch_ms, rtt_ms, most, share) in [
+            (8.4, 1.0, 3, 0.99),
+            (8.4, 20.0, 5, 0.99),
+            (8.4, 150.0, 20, 0.98),
+            (84.0, 50.0, 8, 0.99),
+            (840.0, 50.0, 8, 0.99),
+            (0.84, 5.0, 3, 0.9),
+        ] {
+            let fill = |begins: bool| {
+                let mut link = Link::new(24 << 20);
+                if begins {
+                    link.window.begin(Duration::from_secs_f64(rtt_ms / 1000.0));
+                }
+                link.run(1, fetch_ms, rtt_ms);
+                let at_first = link.flights.len() + 1;
+                link.run(99, fetch_ms, rtt_ms);
+                (at_first, link.now_ms)
+            };
+            let ((all, best_ms), (at_first, took_ms)) = (fill(false), fill(true));
+            assert_eq!(all, 24);
+            assert!(at_first <= most, "{fetch_ms} ms, RTT {rtt_ms}: {at_first} at once");
+            assert!(best_ms / took_ms > share, "{fetch_ms} ms, RTT {rtt_ms}: {took_ms} ms, {best_ms} at best");
         }
     }
 

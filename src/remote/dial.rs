@@ -59,6 +59,8 @@ pub(super) struct Dialed {
     pub(super) connection: Connection,
     pub(super) reader: BufferedReader,
     pub(super) session: ClientSession,
+    /// How long the fastest answer to an option took.
+    pub(super) round_trip: Duration,
 }
 
 /// Connects to a source. `known_ferry`: it is a blkferry export, or was one when it was asked last.
@@ -173,20 +175,25 @@ async fn shake_hands(
     let protocol = |source| DialError::Protocol { uri: uri.to_string(), source };
     let mut reader = BufferedReader::new(connection.clone(), READER_BYTES);
     let mut handshake = ClientHandshake::new(uri.export.clone(), wants);
+    let (mut asked, mut round_trip) = (None, CONNECT_TIMEOUT);
     loop {
         let want = handshake.needs().min(READER_BYTES);
         let read = reader.read(want).await.map_err(broken)?.map(|bytes| handshake.feed(bytes));
         stats.add_received(reader.take_received_bytes());
         on_news(&handshake);
+        if let Some(asked) = asked.take() {
+            round_trip = round_trip.min(now().duration_since(asked));
+        }
         match read.unwrap_or_else(|| Err(handshake.closed_by_server())) {
             Ok(ClientStep::Send(bytes)) => {
                 stats.add_sent(bytes.len() as u64);
+                asked = Some(now());
                 connection.send(vec![Part::Owned(bytes)]).await.map_err(broken)?;
             }
             Ok(ClientStep::Ready { session, send }) => {
                 stats.add_sent(send.len() as u64);
                 connection.send(vec![Part::Owned(send)]).await.map_err(broken)?;
-                return Ok(Dialed { connection, reader, session });
+                return Ok(Dialed { connection, reader, session, round_trip });
             }
             Ok(ClientStep::Listed { .. }) => unreachable!("no list was asked for"),
             Err(error) => {

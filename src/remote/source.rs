@@ -75,6 +75,7 @@ pub struct Source {
     tasks: RefCell<Vec<Task<()>>>,
     /// Connections for [`Source::keep_up`] that are being made already.
     spares: RefCell<Spares>,
+    round_trip: Duration,
 }
 
 pub(super) struct Shared {
@@ -154,6 +155,7 @@ impl Source {
         let stats = SourceStats::default();
         let spares = if beforehand.keeps_up { BULK_LINKS } else { 0 };
         let (dialed, spares) = dial_first(&uri, &stats, beforehand.known_ferry, spares).await?;
+        let round_trip = dialed.round_trip;
         let link = Link::start(dialed, stats.clone());
         let Some(identified) = identify_in_time(&link).await else {
             link.close();
@@ -193,7 +195,7 @@ impl Source {
         });
         shared.set(0, Some(link));
         let watching = spawn(watch(shared.clone()));
-        Ok(Self { shared, tasks: RefCell::new(vec![watching]), spares: RefCell::new(spares) })
+        Ok(Self { shared, tasks: RefCell::new(vec![watching]), spares: RefCell::new(spares), round_trip })
     }
 
     /// Waits until no link is left. For those who do not have links kept up.
@@ -273,6 +275,11 @@ impl Source {
     /// Counters.
     pub fn stats(&self) -> &SourceStats {
         &self.shared.stats
+    }
+
+    /// How long it took to answer when it was first spoken to.
+    pub fn round_trip(&self) -> Duration {
+        self.round_trip
     }
 
     /// Largest read that the source takes at once, in bytes.
