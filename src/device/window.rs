@@ -24,6 +24,9 @@ use crate::engine::Lane;
 const QUEUE: Duration = Duration::from_millis(40);
 /// The same, as a part of what the fastest takes.
 const QUEUE_PART: u32 = 3;
+/// The same, as a multiple of what of the fastest is no round trip. Two that come at the same time on two connections take
+/// twice as long to come, and none stands in a queue.
+const QUEUE_COMING: f64 = 1.5;
 /// So many bytes always.
 const LEAST: u64 = 2 << 20;
 /// What a link is taken for at first, in bytes a second.
@@ -47,6 +50,7 @@ pub(super) struct Window {
     limit: u64,
     most: Cell<u64>,
     flying: Cell<u64>,
+    round_trip: Cell<Option<Duration>>,
     front_bytes: Cell<u64>,
     fastest: Cell<Option<Fastest>>,
     /// When the first one ended well.
@@ -69,6 +73,7 @@ impl Window {
             limit,
             most: Cell::new(limit),
             flying: Cell::new(0),
+            round_trip: Cell::new(None),
             front_bytes: Cell::new(0),
             fastest: Cell::new(None),
             began: Cell::new(None),
@@ -80,6 +85,7 @@ impl Window {
     pub(super) fn begin(&self, round_trip: Duration) {
         let holds = (AT_FIRST as f64 * round_trip.as_secs_f64()) as u64;
         self.most.set(self.limit.min(LEAST + holds));
+        self.round_trip.set(Some(round_trip));
     }
 
     /// May hydration ask for one more?
@@ -111,7 +117,8 @@ impl Window {
         }
         let took = now.saturating_duration_since(at).max(Duration::from_micros(1));
         let fastest = self.fastest(took, flying - bytes, now);
-        let wanted = fastest + QUEUE.max(fastest / QUEUE_PART);
+        let coming = self.round_trip.get().map_or(Duration::ZERO, |round_trip| fastest.saturating_sub(round_trip));
+        let wanted = fastest + QUEUE.max(fastest / QUEUE_PART).max(coming.mul_f64(QUEUE_COMING));
         let began = self.began.get().unwrap_or(now);
         self.began.set(Some(began));
         if took > wanted {
@@ -237,6 +244,59 @@ mod tests {
             assert_eq!(all, 24);
             assert!(at_first <= most, "{fetch_ms} ms, RTT {rtt_ms}: {at_first} at once");
             assert!(best_ms / took_ms > share, "{fetch_ms} ms, RTT {rtt_ms}: {took_ms} ms, {best_ms} at best");
+        }
+    }
+
+    /// Two connections, of which each has an even share of the link while it has something to send. Two fetches at a time
+    /// take longer than one, although nothing stands in a queue.
+    fn share_of_link_with_two_connections(fetches: usize, fetch_ms: f64, rtt_ms: f64) -> f64 {
+        let window = Window::new(24 << 20);
+        let start = Instant::now();
+        let at = |ms: f64| start + Duration::from_secs_f64(ms / 1000.0);
+        window.begin(Duration::from_secs_f64(rtt_ms / 1000.0));
+        // Of each connection: what was asked for when, from when on it can be sent, and how much of it is left.
+        let mut connections: [std::collections::VecDeque<(Flight, f64, f64)>; 2] = Default::default();
+        let (mut now_ms, mut arrived, step_ms) = (0.0, 0, fetch_ms / 100.0);
+        while arrived < fetches {
+            while window.has_room() {
+                // The second one comes up a little later.
+                let has_second = window.flying.get() + (3 << 20) > window.most.get();
+                let least = usize::from(has_second && connections[1].len() < connections[0].len());
+                let flight = window.depart(Lane::Bulk, 1 << 20, at(now_ms));
+                connections[least].push_back((flight, now_ms + rtt_ms, fetch_ms));
+            }
+            now_ms += step_ms;
+            let has_data = |queue: &std::collections::VecDeque<(Flight, f64, f64)>| {
+                queue.front().is_some_and(|(_, ready_ms, _)| *ready_ms <= now_ms)
+            };
+            let busy = connections.iter().filter(|queue| has_data(queue)).count() as f64;
+            for queue in connections.iter_mut().filter(|queue| has_data(queue)) {
+                let (_, _, left_ms) = queue.front_mut().unwrap();
+                *left_ms -= step_ms / busy;
+                if *left_ms < step_ms / 1000.0 {
+                    let (flight, _, _) = queue.pop_front().unwrap();
+                    window.arrive(&flight, at(now_ms), true);
+                    arrived += 1;
+                }
+            }
+        }
+        fetches as f64 * fetch_ms / (now_ms - rtt_ms)
+    }
+
+    #[test]
+    fn two_connections_fill_a_link_as_well() {
+        for (fetch_ms, rtt_ms) in [
+            (8.4, 1.0),
+            (8.4, 20.0),
+            (8.4, 150.0),
+            (84.0, 1.0),
+            (84.0, 20.0),
+            (84.0, 50.0),
+            (84.0, 100.0),
+            (84.0, 150.0),
+        ] {
+            let share = share_of_link_with_two_connections(256, fetch_ms, rtt_ms);
+            assert!(share > 0.985, "{fetch_ms} ms, RTT {rtt_ms}: only {share} of the link");
         }
     }
 

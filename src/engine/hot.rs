@@ -3,8 +3,8 @@
 //! The shortest stretches come first: each one makes the guest wait for about one round trip, however long it is, and a
 //! hundred short ones, a file system's metadata and small files, are but a few mebibytes. Where the guest misses a block it
 //! is about to use what lies around it. If that is a short stretch (a file, as far as it was read, the pages of a program
-//! that were touched) it is fetched at once. If it is a long one, what is near is fetched at once, and the rest comes next from
-//! there on, to its end or until the guest misses something else.
+//! that were touched) it is fetched at once; if it is a long one it comes next from there on, to its end or until the guest
+//! misses something else.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
@@ -17,8 +17,6 @@ use super::maps::Maps;
 const MAX_RUNS: usize = 64 << 10;
 /// A run no longer than this is fetched at once when one of its blocks is missed.
 const TOGETHER_BYTES: u64 = 512 << 10;
-/// What is near in a longer one: so much before it and from there on.
-const NEAR_BYTES: (u64, u64) = (64 << 10, 256 << 10);
 
 /// The runs that are left.
 #[derive(Debug, Default)]
@@ -54,8 +52,7 @@ impl Hot {
     pub(super) fn missed(&mut self, geometry: Geometry, run: BlockRun) -> Option<BlockRun> {
         let (&start, &end) = self.runs.range(..run.end).next_back().filter(|(_, end)| **end > run.start)?;
         let around = BlockRun::new(start, end);
-        let blocks = |bytes| geometry.blocks_in(bytes).get();
-        if around.len() <= blocks(TOGETHER_BYTES) {
+        if around.len() <= geometry.blocks_in(TOGETHER_BYTES).get() {
             return Some(around);
         }
         self.guest = Some(start.max(run.start));
@@ -64,8 +61,7 @@ impl Hot {
             self.insert(BlockRun::new(start, run.start));
             self.insert(BlockRun::new(run.start, end));
         }
-        let (before, on) = NEAR_BYTES;
-        Some(around.clip(BlockRun::new(run.start.saturating_sub(blocks(before)), run.start + blocks(on))))
+        None
     }
 
     /// The next blocks to fetch; `zeros`: the first run that is known to be zeros within a run.
@@ -179,7 +175,7 @@ mod tests {
         hot.add(geometry, &[bytes(0, 20), bytes(100, 240), bytes(300, 304), bytes(400, 600), bytes(700, 701)]);
         // Two that touch are as long as both.
         hot.add(geometry, &[bytes(304, 318), bytes(800, 819)]);
-        assert_eq!(hot.missed(geometry, BlockRun::new(500, 501)), Some(BlockRun::new(484, 564)), "what is near");
+        assert_eq!(hot.missed(geometry, BlockRun::new(500, 501)), None, "more than half a mebibyte");
         let (follow, rest) = ([(500, 564), (564, 600)], [(700, 701), (300, 304), (304, 318), (800, 819), (0, 20)]);
         let all = found(&mut hot);
         assert_eq!(all[..2], follow);
@@ -208,11 +204,11 @@ mod tests {
     }
 
     #[test]
-    fn what_is_used_together_is_short_or_near() {
+    fn what_is_used_together_is_short() {
         let (geometry, _) = disk();
         let mut hot = Hot::default();
         hot.add(geometry, &[bytes(0, 500), bytes(600, 728)]);
-        assert_eq!(hot.missed(geometry, BlockRun::new(1, 2)), Some(BlockRun::new(0, 65)), "half of the disk is not");
+        assert_eq!(hot.missed(geometry, BlockRun::new(100, 101)), None, "half of the disk");
         assert_eq!(hot.missed(geometry, BlockRun::new(599, 600)), None, "not hot");
         assert_eq!(hot.missed(geometry, BlockRun::new(599, 601)), Some(BlockRun::new(600, 728)));
     }

@@ -59,7 +59,7 @@ pub(super) struct Dialed {
     pub(super) connection: Connection,
     pub(super) reader: BufferedReader,
     pub(super) session: ClientSession,
-    /// How long the fastest answer to an option took.
+    /// How long the fastest answer took.
     pub(super) round_trip: Duration,
 }
 
@@ -187,7 +187,8 @@ async fn shake_hands(
         match read.unwrap_or_else(|| Err(handshake.closed_by_server())) {
             Ok(ClientStep::Send(bytes)) => {
                 stats.add_sent(bytes.len() as u64);
-                asked = Some(now());
+                // Nothing is sent in the middle of an answer.
+                asked = (!bytes.is_empty()).then(now);
                 connection.send(vec![Part::Owned(bytes)]).await.map_err(broken)?;
             }
             Ok(ClientStep::Ready { session, send }) => {

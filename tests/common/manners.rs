@@ -3,6 +3,7 @@
 
 use std::io::{self, Read, Write};
 use std::os::unix::net::UnixStream;
+use std::time::Duration;
 
 use blkferry::nbd::option_data::{FerryAnswer, Info, MetaContext};
 use blkferry::nbd::{
@@ -25,12 +26,15 @@ pub struct Manners {
     pub pieces: bool,
     /// Smallest unit of a read.
     pub min_block: u32,
+    /// How long it takes to answer an option.
+    pub delay: Duration,
 }
 
 impl Default for Manners {
     fn default() -> Self {
         let identity = Some("fake:1".to_owned());
-        Self { identity, several: true, structured: true, extents: false, pieces: false, min_block: 1 }
+        let (several, structured, extents, pieces) = (true, true, false, false);
+        Self { identity, several, structured, extents, pieces, min_block: 1, delay: Duration::ZERO }
     }
 }
 
@@ -66,10 +70,12 @@ pub fn shake_hands(stream: &mut UnixStream, manners: &Manners, size_bytes: u64) 
                 add(OptionReplyKind::Info, &Info::Export { size_bytes, flags }.encode());
                 add(OptionReplyKind::Info, &Info::BlockSize(sizes).encode());
                 add(OptionReplyKind::Ack, &[]);
+                std::thread::sleep(manners.delay);
                 return stream.write_all(&out);
             }
             _ => add(OptionReplyKind::ErrUnsupported, &[]),
         }
+        std::thread::sleep(manners.delay);
         stream.write_all(&out)?;
     }
 }

@@ -1,5 +1,7 @@
 //! Demand does not stand behind hydration.
 
+use std::time::Duration;
+
 use crate::client::Client;
 use crate::manners::Manners;
 use crate::rig::{BLOCK, Rig, assert_raw_image, filled, note};
@@ -12,8 +14,8 @@ fn is_bulk(asked: &Asked) -> bool {
     asked.len >= 64 << 10
 }
 
-/// With the answers to `ahead` of hydration's reads held, and to all that follow.
-fn demand_passes_hydration(manners: Manners, ahead: usize) {
+/// With the answers to `ahead` of hydration's reads held, and to all that follow; says how many there were in the end.
+fn demand_passes_hydration(manners: Manners, ahead: usize) -> usize {
     let rig = Rig::new(64 * MIB / BLOCK, manners);
     rig.source.hold(is_bulk);
     let device = rig.attach("auto");
@@ -36,16 +38,25 @@ fn demand_passes_hydration(manners: Manners, ahead: usize) {
     let waits = client.start_read(4 * BLOCK, BLOCK as u32);
     assert_eq!(client.read(far * BLOCK, BLOCK as u32), rig.block(far));
     assert!(client.answered().is_empty());
-    assert!(rig.source.held().len() >= ahead, "nothing was let go so far");
+    let held = rig.source.held().len();
+    assert!(held >= ahead, "nothing was let go so far");
 
     rig.source.let_go();
     assert_eq!(client.wait(waits).unwrap(), rig.block(4));
     assert_raw_image(device, &rig.cache(), &expected);
+    held
 }
 
 #[test]
 fn a_demand_read_ends_while_all_of_hydration_is_held() {
-    demand_passes_hydration(Manners::default(), 8);
+    demand_passes_hydration(Manners::default(), 2);
+}
+
+/// As much is asked for at first as a link of 1 Gbit/s would hold: 2 MiB and one round trip's.
+#[test]
+fn so_it_does_while_a_far_source_is_asked_for_as_much_as_a_long_link_holds() {
+    let held = demand_passes_hydration(Manners { delay: Duration::from_millis(50), ..Manners::default() }, 8);
+    assert!(held <= 16, "{held} requests at once, for a link of unknown speed");
 }
 
 #[test]
@@ -69,7 +80,7 @@ fn hydration_stays_off_the_connection_of_demand() {
 
 #[test]
 fn demand_has_its_own_connection_while_hydration_runs() {
-    let rig = Rig::new(64 * MIB / BLOCK, Manners::default());
+    let rig = Rig::new(64 * MIB / BLOCK, Manners { delay: Duration::from_millis(50), ..Manners::default() });
     let device = rig.attach("off");
     rig.source.wait_connected(3);
     rig.source.hold(is_bulk);
