@@ -3,8 +3,9 @@
 //! The shortest stretches come first: each one makes the guest wait for about one round trip, however long it is, and a
 //! hundred short ones, a file system's metadata and small files, are but a few mebibytes. Where the guest misses a block it
 //! is about to use what lies around it. If that is a short stretch (a file, as far as it was read, the pages of a program
-//! that were touched) it is fetched at once; if it is a long one it comes next from there on, to its end or until the guest
-//! misses something else.
+//! that were touched) it is fetched at once. A long one says no more than that much is in memory there: it comes next from
+//! there on, to its end or until the guest goes elsewhere, if the guest missed another block near it just before. Who reads
+//! at random is not followed: it would only meet hydration, and wait for all that is on its way there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
@@ -15,18 +16,28 @@ use super::maps::Maps;
 
 /// Most runs that are remembered: some mebibytes of them. What is more comes in its turn.
 const MAX_RUNS: usize = 64 << 10;
-/// A run no longer than this is fetched at once when one of its blocks is missed.
+/// A run no longer than this is fetched at once when one of its blocks is missed; so near is what is near.
 const TOGETHER_BYTES: u64 = 512 << 10;
 
-/// The runs that are left.
+/// A stretch, or what is left of it in one piece.
+#[derive(Clone, Copy, Debug)]
+struct Stretch {
+    left: BlockRun,
+    /// Length of all of it, in blocks: a part of a long one says no more than the whole.
+    told: u64,
+}
+
+/// What is left.
 #[derive(Debug, Default)]
 pub(super) struct Hot {
-    /// Start to end; none overlaps another.
-    runs: BTreeMap<u64, u64>,
-    /// The same: length and start.
+    /// By start; none overlaps another.
+    runs: BTreeMap<u64, Stretch>,
+    /// The same by length as told, and start.
     by_length: BTreeSet<(u64, u64)>,
     /// Where the guest is: the start of a run, unless that is gone.
     guest: Option<u64>,
+    /// What it missed last in a long stretch.
+    missed: Option<u64>,
 }
 
 impl Hot {
@@ -37,29 +48,33 @@ impl Hot {
             if self.runs.len() >= MAX_RUNS {
                 return;
             }
-            if let Some((_, &end)) = self.runs.range(..=run.start).next_back() {
-                run = BlockRun::new(run.start.max(end), run.end);
+            if let Some((_, before)) = self.runs.range(..=run.start).next_back() {
+                run = BlockRun::new(run.start.max(before.left.end), run.end);
             }
-            while let Some((&start, &end)) = self.runs.range(run.start..run.end).next() {
-                self.remove(BlockRun::new(start, end));
-                run.end = run.end.max(end);
+            while let Some((_, &other)) = self.runs.range(run.start..run.end).next() {
+                self.remove(other);
+                run.end = run.end.max(other.left.end);
             }
-            self.insert(run);
+            self.insert(Stretch { left: run, told: run.len() });
         }
     }
 
     /// The guest has missed these blocks. What is hot goes on from there; those around it, if it is about to use them.
     pub(super) fn missed(&mut self, geometry: Geometry, run: BlockRun) -> Option<BlockRun> {
-        let (&start, &end) = self.runs.range(..run.end).next_back().filter(|(_, end)| **end > run.start)?;
-        let around = BlockRun::new(start, end);
-        if around.len() <= geometry.blocks_in(TOGETHER_BYTES).get() {
-            return Some(around);
+        let (_, &around) = self.runs.range(..run.end).next_back().filter(|(_, around)| around.left.end > run.start)?;
+        let Stretch { left, told } = around;
+        if told <= geometry.blocks_in(TOGETHER_BYTES).get() {
+            return Some(left);
         }
-        self.guest = Some(start.max(run.start));
-        if start < run.start && self.runs.len() < MAX_RUNS {
+        let before = self.missed.replace(run.start);
+        if before.is_none_or(|before| before.abs_diff(run.start) > geometry.blocks_in(TOGETHER_BYTES).get()) {
+            return None;
+        }
+        self.guest = Some(left.start.max(run.start));
+        if left.start < run.start && self.runs.len() < MAX_RUNS {
             self.remove(around);
-            self.insert(BlockRun::new(start, run.start));
-            self.insert(BlockRun::new(run.start, end));
+            self.insert(Stretch { left: BlockRun::new(left.start, run.start), told });
+            self.insert(Stretch { left: BlockRun::new(run.start, left.end), told });
         }
         None
     }
@@ -72,10 +87,10 @@ impl Hot {
         max_fetch: NonZeroU64,
         zeros: impl Fn(BlockRun) -> Option<BlockRun>,
     ) -> Option<BlockRun> {
-        while let Some(run) = self.first() {
-            let is_guests = self.guest == Some(run.start);
-            self.remove(run);
-            let BlockRun { mut start, end } = run;
+        while let Some(stretch) = self.first() {
+            let BlockRun { mut start, end } = stretch.left;
+            let is_guests = self.guest == Some(start);
+            self.remove(stretch);
             let mut found = None;
             while start < end && found.is_none() {
                 if maps.is_present(start) {
@@ -97,7 +112,7 @@ impl Hot {
                     }
                 }
             }
-            self.insert(BlockRun::new(start, end));
+            self.insert(Stretch { left: BlockRun::new(start, end), told: stretch.told });
             if is_guests {
                 self.guest = Some(start);
             }
@@ -109,21 +124,21 @@ impl Hot {
     }
 
     /// Where the guest is, or the shortest one.
-    fn first(&self) -> Option<BlockRun> {
-        let guests = self.guest.and_then(|start| self.runs.get(&start).map(|&end| BlockRun::new(start, end)));
-        guests.or_else(|| self.by_length.first().map(|&(len, start)| BlockRun::new(start, start + len)))
+    fn first(&self) -> Option<Stretch> {
+        let guests = self.guest.and_then(|start| self.runs.get(&start));
+        guests.or_else(|| self.by_length.first().map(|(_, start)| &self.runs[start])).copied()
     }
 
-    fn insert(&mut self, run: BlockRun) {
-        if !run.is_empty() {
-            self.runs.insert(run.start, run.end);
-            self.by_length.insert((run.len(), run.start));
+    fn insert(&mut self, stretch: Stretch) {
+        if !stretch.left.is_empty() {
+            self.runs.insert(stretch.left.start, stretch);
+            self.by_length.insert((stretch.told, stretch.left.start));
         }
     }
 
-    fn remove(&mut self, run: BlockRun) {
-        self.runs.remove(&run.start);
-        self.by_length.remove(&(run.len(), run.start));
+    fn remove(&mut self, stretch: Stretch) {
+        self.runs.remove(&stretch.left.start);
+        self.by_length.remove(&(stretch.told, stretch.left.start));
     }
 }
 
@@ -173,14 +188,14 @@ mod tests {
             std::iter::from_fn(next).map(|run| (run.start, run.end)).collect::<Vec<_>>()
         };
         hot.add(geometry, &[bytes(0, 20), bytes(100, 240), bytes(300, 304), bytes(400, 600), bytes(700, 701)]);
-        // Two that touch are as long as both.
         hot.add(geometry, &[bytes(304, 318), bytes(800, 819)]);
-        assert_eq!(hot.missed(geometry, BlockRun::new(500, 501)), None, "more than half a mebibyte");
+        assert_eq!(hot.missed(geometry, BlockRun::new(450, 451)), None, "more than half a mebibyte");
+        assert_eq!(hot.missed(geometry, BlockRun::new(500, 501)), None);
         let (follow, rest) = ([(500, 564), (564, 600)], [(700, 701), (300, 304), (304, 318), (800, 819), (0, 20)]);
         let all = found(&mut hot);
         assert_eq!(all[..2], follow);
         assert_eq!(all[2..7], rest);
-        assert_eq!(all[7..], [(400, 464), (464, 500), (100, 164), (164, 228), (228, 240)]);
+        assert_eq!(all[7..], [(100, 164), (164, 228), (228, 240), (400, 464), (464, 500)]);
         assert!(hot.runs.is_empty() && hot.by_length.is_empty());
         assert_eq!(hot.missed(geometry, BlockRun::new(502, 503)), None, "nothing is left");
     }
@@ -188,19 +203,26 @@ mod tests {
     #[test]
     fn the_guest_may_miss_something_else_in_the_middle() {
         let (geometry, maps) = disk();
+        // The first miss at a place may be one at random.
+        let reads = |hot: &mut Hot, start, end| {
+            hot.missed(geometry, BlockRun::new(start, start + 1));
+            hot.missed(geometry, BlockRun::new(start, end));
+        };
         let mut hot = Hot::default();
         let mut next = |hot: &mut Hot| hot.next(&maps, &Inflight::default(), MAX, |_| None).map(|run| run.start);
         hot.add(geometry, &[bytes(0, 400), bytes(500, 999)]);
-        hot.missed(geometry, BlockRun::new(600, 610));
+        reads(&mut hot, 600, 610);
         assert_eq!([next(&mut hot), next(&mut hot)], [Some(600), Some(604)]);
-        hot.missed(geometry, BlockRun::new(200, 201));
+        hot.missed(geometry, BlockRun::new(300, 301));
+        assert_eq!(next(&mut hot), Some(608), "at random");
+        reads(&mut hot, 200, 201);
         assert_eq!([next(&mut hot), next(&mut hot)], [Some(200), Some(204)]);
         // Not hot: it says nothing.
         hot.missed(geometry, BlockRun::new(450, 451));
         assert_eq!(next(&mut hot), Some(208));
         // It reads on, across what is on its way, into what is not hot.
-        hot.missed(geometry, BlockRun::new(995, 1000));
-        assert_eq!([next(&mut hot), next(&mut hot)], [Some(995), Some(500)], "the shortest");
+        reads(&mut hot, 995, 1000);
+        assert_eq!([next(&mut hot), next(&mut hot)], [Some(995), Some(0)], "the shortest");
     }
 
     #[test]
@@ -211,6 +233,8 @@ mod tests {
         assert_eq!(hot.missed(geometry, BlockRun::new(100, 101)), None, "half of the disk");
         assert_eq!(hot.missed(geometry, BlockRun::new(599, 600)), None, "not hot");
         assert_eq!(hot.missed(geometry, BlockRun::new(599, 601)), Some(BlockRun::new(600, 728)));
+        assert_eq!(hot.missed(geometry, BlockRun::new(105, 106)), None, "half of the disk");
+        assert_eq!(hot.missed(geometry, BlockRun::new(102, 103)), None, "a part of it is no less");
     }
 
     #[test]
@@ -221,6 +245,7 @@ mod tests {
         hot.add(geometry, &runs);
         for at in 0..100 {
             hot.missed(geometry, BlockRun::new(at * 1000 + 7, at * 1000 + 8));
+            hot.missed(geometry, BlockRun::new(at * 1000 + 9, at * 1000 + 10));
         }
         assert_eq!(hot.runs.len(), MAX_RUNS);
         assert_eq!(hot.by_length.len(), MAX_RUNS);
