@@ -17,7 +17,7 @@ MEMORY_MIB = 512
 def boot_s(bench, drive, started):
     """Seconds from `started` until the prompt."""
     command = [
-        "qemu-system-x86_64", "-nodefaults", "-machine", "pc", "-accel", "kvm", "-accel", "tcg", "-m", MEMORY_MIB, "-no-reboot", "-display", "none",
+        "qemu-system-x86_64", "-nodefaults", "-machine", "pc", "-accel", "tcg", "-m", MEMORY_MIB, "-no-reboot", "-display", "none",
         "-vga", "none", "-serial", "stdio", "-drive", f"{drive},if=virtio,cache=writeback",
     ]
     errors = bench.path("qemu.log")
