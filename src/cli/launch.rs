@@ -8,6 +8,8 @@ use std::process::{Command, ExitCode, Stdio};
 
 use anyhow::Context;
 use indicatif::ProgressBar;
+use nix::sys::prctl;
+use nix::sys::signal::Signal;
 
 use super::display;
 use crate::control::{RunDir, Status};
@@ -46,7 +48,8 @@ pub(super) fn launch(
         let result = options().and_then(run_in_background);
         if let Err(error) = &result {
             eprintln!("blkferry: {}", super::one_line(error));
-            println!("{FAILED}");
+            // Whoever started it may be gone.
+            let _ = writeln!(io::stdout(), "{FAILED}");
             return Ok(ExitCode::FAILURE);
         }
         return Ok(ExitCode::SUCCESS);
@@ -57,6 +60,8 @@ pub(super) fn launch(
 fn run_in_background(options: DaemonOptions) -> anyhow::Result<()> {
     // A session of its own: the terminal's signals and its end are none of the daemon's business.
     nix::unistd::setsid().map_err(io::Error::from).context("cannot start a session")?;
+    // Until it is ready it is somebody's command, who may think better of it.
+    prctl::set_pdeathsig(Signal::SIGTERM).map_err(io::Error::from).context("cannot follow who started this")?;
     let log = RunDir::open()?.log_file(&options.name);
     Ok(daemon::run(&options, &mut Background { log })?)
 }
@@ -132,6 +137,7 @@ struct Background {
 
 impl Observer for Background {
     fn ready(&mut self, status: &Status) -> io::Result<()> {
+        prctl::set_pdeathsig(None)?;
         let mut out = io::stdout();
         writeln!(out, "{}", serde_json::to_string(status)?)?;
         out.flush()?;

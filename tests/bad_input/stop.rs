@@ -1,8 +1,9 @@
 //! Ctrl-C, SIGTERM and SIGHUP: a clean stop, with everything committed.
 
-use std::io::{BufRead, BufReader};
+use std::io::{BufRead, BufReader, Read};
 use std::path::Path;
 use std::process::{Child, ExitStatus, Stdio};
+use std::sync::{Mutex, mpsc};
 use std::time::{Duration, Instant};
 
 use nix::sys::signal::Signal;
@@ -191,4 +192,37 @@ fn an_attach_that_is_interrupted_just_before_it_is_ready() {
         }
         std::thread::sleep(Duration::from_millis(50));
     }
+}
+
+/// Who started it in the background thinks better of it before it is ready: it does not come up behind their back, whatever
+/// the source says then.
+#[test]
+fn ctrl_c_while_the_source_has_not_answered() {
+    let world = World::new();
+    let (dialled, dials) = mpsc::channel();
+    let (answer, asked) = mpsc::channel::<()>();
+    let asked = Mutex::new(asked);
+    let silent = stranger(&world.path("silent"), move |_| {
+        dialled.send(()).unwrap();
+        // And then it hangs up.
+        let _ = asked.lock().unwrap().recv();
+        Ok(())
+    });
+    let cache = world.path("cache");
+    let mut command = world.command(["attach", &silent, cache.to_str().unwrap(), "--name", "disk"]);
+    let mut child = command.stdout(Stdio::null()).stderr(Stdio::piped()).spawn().unwrap();
+    dials.recv_timeout(PATIENCE).unwrap();
+    kill(child.id() as i32, Signal::SIGINT);
+    assert!(!wait(&mut child).success());
+    let mut said = BufReader::new(child.stderr.take().unwrap());
+    let mut line = String::new();
+    said.read_line(&mut line).unwrap();
+    assert_eq!(line, "blkferry: stopping\n", "the one in the background has heard of it");
+    answer.send(()).unwrap();
+    let mut rest = String::new();
+    // To the end of the one in the background.
+    said.read_to_string(&mut rest).unwrap();
+    assert_eq!((rest.lines().count(), rest.contains("panicked")), (1, false), "{rest}");
+    assert_eq!(world.ok(["list", "--json"]).trim(), "[]");
+    assert!(!cache.exists());
 }
