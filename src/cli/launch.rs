@@ -48,7 +48,8 @@ pub(super) fn launch(
         let result = options().and_then(run_in_background);
         if let Err(error) = &result {
             eprintln!("blkferry: {}", super::one_line(error));
-            // Whoever started it may be gone.
+            // Whoever started it ends when it hears this, or is gone already.
+            let _ = prctl::set_pdeathsig(None);
             let _ = writeln!(io::stdout(), "{FAILED}");
             return Ok(ExitCode::FAILURE);
         }

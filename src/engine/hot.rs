@@ -158,11 +158,6 @@ mod tests {
         ByteRange { start: start * 4096, end: end * 4096 }
     }
 
-    fn all(hot: &mut Hot, maps: &Maps) -> Vec<(u64, u64)> {
-        let next = || hot.next(maps, &Inflight::default(), MAX, |_| None);
-        std::iter::from_fn(next).map(|run| (run.start, run.end)).collect()
-    }
-
     #[test]
     fn overlaps_are_one_and_what_is_here_or_on_its_way_is_left_out() {
         let (geometry, maps) = disk();
@@ -209,7 +204,7 @@ mod tests {
             hot.missed(geometry, BlockRun::new(start, end));
         };
         let mut hot = Hot::default();
-        let mut next = |hot: &mut Hot| hot.next(&maps, &Inflight::default(), MAX, |_| None).map(|run| run.start);
+        let next = |hot: &mut Hot| hot.next(&maps, &Inflight::default(), MAX, |_| None).map(|run| run.start);
         hot.add(geometry, &[bytes(0, 400), bytes(500, 999)]);
         reads(&mut hot, 600, 610);
         assert_eq!([next(&mut hot), next(&mut hot)], [Some(600), Some(604)]);
