@@ -11,12 +11,14 @@ use crate::setup::Setup;
 
 const MIB: u64 = 1 << 20;
 
-/// Most bytes under way from the source while hydration fetches 64 MiB over a slow link.
+/// Most bytes under way from the source while hydration fetches 64 MiB over a slow link that is so long that it may be a
+/// fast one: what is asked for at first would fill it.
 fn most_asked(single: bool) -> u64 {
     let mut setup = Setup::random(0);
     setup.block_bytes = 64 << 10;
     setup.set_blocks(1024);
     (setup.single, setup.policy, setup.guests, setup.mode) = (single, OnLoss::Wait, 0, Mode::Auto);
+    setup.delay_us = (100_000, 100_001);
     let rig = Rc::new(Rig::new(setup, false));
     rig.weather.rate.set(MIB);
     let main = rig.clone();
