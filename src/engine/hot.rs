@@ -63,11 +63,12 @@ impl Hot {
     pub(super) fn missed(&mut self, geometry: Geometry, run: BlockRun) -> Option<BlockRun> {
         let (_, &around) = self.runs.range(..run.end).next_back().filter(|(_, around)| around.left.end > run.start)?;
         let Stretch { left, told } = around;
-        if told <= geometry.blocks_in(TOGETHER_BYTES).get() {
+        let together = geometry.blocks_in(TOGETHER_BYTES).get();
+        if told <= together {
             return Some(left);
         }
         let before = self.missed.replace(run.start);
-        if before.is_none_or(|before| before.abs_diff(run.start) > geometry.blocks_in(TOGETHER_BYTES).get()) {
+        if before.is_none_or(|before| before.abs_diff(run.start) > together) {
             return None;
         }
         self.guest = Some(left.start.max(run.start));
