@@ -179,7 +179,7 @@ async fn shake_hands(
     loop {
         let want = handshake.needs().min(READER_BYTES);
         let read = reader.read(want).await.map_err(broken)?.map(|bytes| handshake.feed(bytes));
-        stats.add_received(reader.take_received_bytes());
+        stats.add_greeted(reader.take_received_bytes());
         on_news(&handshake);
         if let Some(asked) = asked.take() {
             round_trip = round_trip.min(now().duration_since(asked));

@@ -10,9 +10,8 @@ use super::dial::{Spare, dial};
 use super::link::{Link, LinkError};
 #[cfg(feature = "planted-faults")]
 use super::planted::{PlantedFault, is_planted};
-use super::policy::OnLoss;
-use super::source::{Expect, Shared};
-use super::{BACKOFF, CONNECT_TIMEOUT, MIN_SILENCE, SHORT_LIFE, SILENCE, WATCH_PERIOD};
+use super::shared::{Expect, Shared};
+use super::{BACKOFF, CONNECT_TIMEOUT, SHORT_LIFE, WATCH_PERIOD};
 use crate::engine::ByteRange;
 use crate::identity::{IdentityHasher, sample_ranges};
 use crate::uring::{lot, now, sleep};
@@ -44,6 +43,27 @@ pub(super) async fn identify_in_time(link: &Link) -> Option<Result<String, LinkE
     }
 }
 
+/// A connection that is closed unless it is taken.
+pub(super) struct Candidate(Option<Link>);
+
+impl Candidate {
+    pub(super) fn link(&self) -> &Link {
+        self.0.as_ref().expect("it is here until it is taken")
+    }
+
+    pub(super) fn take(mut self) -> Link {
+        self.0.take().expect("it is taken once")
+    }
+}
+
+impl Drop for Candidate {
+    fn drop(&mut self) {
+        if let Some(link) = &self.0 {
+            link.close();
+        }
+    }
+}
+
 /// Keeps one slot filled for ever, at first with a spare connection if there is one.
 pub(super) async fn keep_link(shared: Rc<Shared>, slot: usize, mut spare: Option<Spare>) {
     let mut pause = BACKOFF.0;
@@ -54,10 +74,15 @@ pub(super) async fn keep_link(shared: Rc<Shared>, slot: usize, mut spare: Option
             let (since, answers) = (now(), link.answers());
             link.dead().await;
             shared.listen();
+            is_first = false;
+            if let Some(proven) = shared.proven.take().filter(Link::is_alive) {
+                shared.set(slot, Some(proven));
+                pause = BACKOFF.0;
+                continue;
+            }
             shared.set(slot, None);
             log::warn!("source {}: connection {slot} lost", shared.uri);
             shared.report_lost("the connection was lost".into(), link.lost_since());
-            is_first = false;
             if now().duration_since(since) < SHORT_LIFE && link.answers() == answers {
                 sleep(pause + jitter(pause)).await;
                 pause = (pause * 2).min(BACKOFF.1);
@@ -66,10 +91,10 @@ pub(super) async fn keep_link(shared: Rc<Shared>, slot: usize, mut spare: Option
             }
         }
         match reconnect(&shared, is_first, spare.take()).await {
-            Ok(link) => {
+            Ok(candidate) => {
                 // Whichever comes first: hydration gives its own links a chance to come up.
                 shared.bulk_refused.set(false);
-                shared.set(slot, Some(link));
+                shared.set(slot, Some(candidate.take()));
                 continue;
             }
             Err(reason) => {
@@ -86,25 +111,20 @@ pub(super) async fn keep_link(shared: Rc<Shared>, slot: usize, mut spare: Option
 }
 
 /// A new link to the *same* disk; anything else is refused, in words. `is_first`: nothing was lost before it.
-async fn reconnect(shared: &Shared, is_first: bool, spare: Option<Spare>) -> Result<Link, String> {
+pub(super) async fn reconnect(shared: &Shared, is_first: bool, spare: Option<Spare>) -> Result<Candidate, String> {
     let dialed = match spare {
         Some(spare) => spare.await,
         None => dial(&shared.uri, &shared.stats, shared.is_ferry).await,
     };
     let dialed = dialed.map_err(|e| e.to_string())?;
-    let link = Link::start(dialed, shared.stats.clone());
+    let candidate = Candidate(Some(Link::start(dialed, shared.stats.clone())));
+    let link = candidate.link();
     if link.session().size_bytes != shared.size_bytes {
         let now = link.session().size_bytes;
-        link.close();
         return Err(format!("source {}: it has {now} bytes now, {} before: refused", shared.uri, shared.size_bytes));
     }
-    match check_disk(shared, &link, is_first).await {
-        Ok(()) => Ok(link),
-        Err(reason) => {
-            link.close();
-            Err(format!("source {}: {reason}", shared.uri))
-        }
-    }
+    let checked = check_disk(shared, link, is_first).await;
+    checked.map(|()| candidate).map_err(|reason| format!("source {}: {reason}", shared.uri))
 }
 
 /// Is it still what it has to be?
@@ -154,12 +174,7 @@ pub(super) async fn watch(shared: Rc<Shared>) {
     let mut told = None;
     loop {
         sleep(WATCH_PERIOD).await;
-        let patience = match shared.policy.get() {
-            OnLoss::Wait => None,
-            OnLoss::FailAfter(patience) => Some(patience),
-        };
-        // Who is to fail soon must not wait for long to find out.
-        let silence = patience.map_or(SILENCE, |patience| SILENCE.min(patience.max(MIN_SILENCE)));
+        let silence = shared.longest_silence();
         #[cfg(feature = "planted-faults")]
         if is_planted(PlantedFault::SilenceUnnoticed) {
             continue;
@@ -171,15 +186,12 @@ pub(super) async fn watch(shared: Rc<Shared>) {
         // On one connection, or on all of them together: requests of one that broke are with another.
         let of_one = alive().filter_map(Link::silent_since).filter(too_long).min();
         let of_all = shared.silence.since().filter(too_long);
-        let is_no_better = |link: &&Link, since: Instant| {
-            // Those that nothing was asked of meanwhile are no better: who waits would wait as long again on them.
-            of_all.is_some() || link.silent_since().unwrap_or(link.heard()) <= since + WATCH_PERIOD
-        };
         if let Some(since) = of_all.or(of_one)
             && alive().next().is_some()
         {
             log::warn!("source {}: no answer for {} s, connections given up", shared.uri, silence.as_secs_f32());
-            alive().filter(|link| is_no_better(link, since)).for_each(|link| link.close_silent(since));
+            let given_up = alive().filter(|link| of_all.is_some() || link.is_no_better(since));
+            given_up.for_each(|link| link.close_silent(since));
         }
         drop(slots);
         let given_up = shared.lost_since.get().filter(|_| shared.is_given_up());

@@ -13,6 +13,7 @@ use futures_channel::oneshot;
 
 use replies::RECEIVE_PIECE;
 
+use super::WATCH_PERIOD;
 use super::dial::Dialed;
 use super::read::{BadCover, FetchedData, HashAssembly, ReadAssembly};
 use super::stats::SourceStats;
@@ -173,6 +174,22 @@ impl Link {
     /// When the source was heard here last.
     pub(super) fn heard(&self) -> Instant {
         self.inner.last_heard.get()
+    }
+
+    /// Has it been heard no later than one that is silent since then? Those that nothing was asked of meanwhile are no
+    /// better: who waits would wait as long again on them.
+    pub(super) fn is_no_better(&self, since: Instant) -> bool {
+        self.silent_since().unwrap_or(self.heard()) <= since + WATCH_PERIOD
+    }
+
+    /// The read that has waited for its answer longest.
+    pub(super) fn awaited_read(&self) -> Option<ByteRange> {
+        let pending = self.inner.pending.borrow();
+        let reads = pending.iter().filter_map(|(cookie, pending)| match &pending.waiting {
+            Waiting::Read { read, .. } => Some((cookie, read.range())),
+            _ => None,
+        });
+        reads.min_by_key(|(cookie, _)| **cookie).map(|(_, range)| range)
     }
 
     /// Waits for the end of the link.

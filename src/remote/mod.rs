@@ -12,6 +12,7 @@
 //! unless the source takes only one.
 
 mod dial;
+mod doubt;
 mod hot;
 mod keep;
 mod link;
@@ -19,6 +20,7 @@ mod link;
 mod planted;
 mod policy;
 mod read;
+mod shared;
 mod silence;
 mod source;
 mod stats;
@@ -30,7 +32,8 @@ pub(crate) use planted::is_planted;
 pub use planted::{PlantedFault, plant};
 pub use policy::{LossPolicy, OnLoss, OnLossError};
 pub use read::FetchedData;
-pub use source::{Beforehand, Changed, Expect, HandOffError, Lost, Source, SourceEvents};
+pub use shared::{Expect, Lost, SourceEvents};
+pub use source::{Beforehand, Changed, HandOffError, Source};
 pub use stats::SourceStats;
 
 use std::time::Duration;

@@ -1,22 +1,23 @@
-//! The source as a whole: its links, its identity, and what happens when it is lost.
+//! The source as a whole: what is asked of it, whatever becomes of its links.
 
 use std::cell::{Cell, RefCell};
 use std::rc::Rc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use event_listener::Event;
 use futures_util::FutureExt;
 use futures_util::future::{Either, join, select, try_join_all};
-use uuid::Uuid;
 
 use super::BULK_LINKS;
 use super::dial::{DialError, Spares, dial_first};
+use super::doubt::doubt;
 use super::keep::{identify_in_time, keep_link, watch};
 use super::link::{Asked, Link, LinkError};
 #[cfg(feature = "planted-faults")]
 use super::planted::{PlantedFault, is_planted};
-use super::policy::{LossPolicy, OnLoss};
+use super::policy::LossPolicy;
 use super::read::FetchedData;
+use super::shared::{Expect, Patience, Shared, SourceEvents};
 use super::silence::Silence;
 use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent, FetchError, Lane};
@@ -45,13 +46,6 @@ pub enum HandOffError {
     Refused(Errno),
 }
 
-/// Why the source does not answer at the moment.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Lost {
-    /// In words.
-    pub reason: String,
-}
-
 impl From<LinkError> for HandOffError {
     fn from(error: LinkError) -> Self {
         match error {
@@ -61,14 +55,6 @@ impl From<LinkError> for HandOffError {
     }
 }
 
-/// Who wants to know when the source is lost and found.
-pub trait SourceEvents {
-    /// No link is left; reconnecting goes on.
-    fn lost(&self, lost: Lost);
-    /// A link is up again.
-    fn found(&self);
-}
-
 /// An open source. Lives on one thread.
 pub struct Source {
     shared: Rc<Shared>,
@@ -76,32 +62,6 @@ pub struct Source {
     /// Connections for [`Source::keep_up`] that are being made already.
     spares: RefCell<Spares>,
     round_trip: Duration,
-}
-
-pub(super) struct Shared {
-    pub(super) uri: Uri,
-    pub(super) stats: SourceStats,
-    pub(super) identity: RefCell<String>,
-    /// What its disk must be when it comes back.
-    pub(super) expect: Cell<Expect>,
-    /// How its disk stood when it was asked last.
-    pub(super) standing: RefCell<Option<Standing>>,
-    /// It is a blkferry export.
-    pub(super) is_ferry: bool,
-    pub(super) size_bytes: u64,
-    pub(super) max_read_bytes: u64,
-    /// Slot 0 serves demand; the others hydration, if there are any.
-    pub(super) slots: RefCell<Vec<Option<Link>>>,
-    pub(super) link_up: Event,
-    /// The source was asked for a connection for hydration and did not give one: it shares the demand link then.
-    pub(super) bulk_refused: Cell<bool>,
-    pub(super) events: RefCell<Option<Rc<dyn SourceEvents>>>,
-    /// Since when no link has been left.
-    pub(super) lost_since: Cell<Option<Instant>>,
-    pub(super) policy: LossPolicy,
-    pub(super) silence: Silence,
-    /// Nobody wants links any more.
-    pub(super) hung_up: Cell<bool>,
 }
 
 /// What was written at a source.
@@ -120,33 +80,6 @@ pub struct Beforehand {
     pub keeps_up: bool,
     /// It can only be a blkferry export: one word less is waited for.
     pub known_ferry: bool,
-}
-
-/// What a source must be when it comes back after a loss.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Expect {
-    /// A disk of the same size: it may still be written there, and has no name.
-    Size,
-    /// The same contents.
-    Contents,
-    /// The same disk: it may still be written there.
-    Disk(Uuid),
-    /// The same contents, of a disk that still is given to us.
-    Gift {
-        /// Our own disk.
-        to: Uuid,
-        /// The epoch in which it was given.
-        epoch: u64,
-    },
-}
-
-/// How long to wait for a link.
-#[derive(Clone, Copy, PartialEq, Eq)]
-enum Patience {
-    /// As long as the user's policy says.
-    Policy,
-    /// As long as links are kept up.
-    Endless,
 }
 
 impl Source {
@@ -185,6 +118,7 @@ impl Source {
             max_read_bytes,
             slots: RefCell::new(vec![None; slots]),
             link_up: Event::new(),
+            proven: Cell::default(),
             // Until somebody keeps links up, the first one is all there is.
             bulk_refused: Cell::new(true),
             events: RefCell::new(None),
@@ -220,6 +154,7 @@ impl Source {
             let spare = if slot == 0 { None } else { spares.pop() };
             spawn(keep_link(self.shared.clone(), slot, spare))
         }));
+        tasks.push(spawn(doubt(self.shared.clone())));
     }
 
     /// Closes all links for good. Reads that are still under way end as [`FetchError::Unreachable`].
@@ -230,6 +165,9 @@ impl Source {
             if let Some(link) = slot.take() {
                 link.close();
             }
+        }
+        if let Some(link) = self.shared.proven.take() {
+            link.close();
         }
         self.shared.stats.set_links(0);
         self.shared.link_up.notify(usize::MAX);
@@ -431,86 +369,6 @@ impl Source {
                 Err(LinkError::Refused(errno)) => return Err(errno),
                 Err(LinkError::Lost) => {}
             }
-        }
-    }
-}
-
-impl Shared {
-    pub(super) fn set(&self, slot: usize, link: Option<Link>) {
-        self.slots.borrow_mut()[slot] = link;
-        let up = self.slots.borrow().iter().flatten().filter(|link| link.is_alive()).count();
-        self.stats.set_links(up);
-        if up > 0 {
-            self.link_up.notify(usize::MAX);
-            if self.lost_since.take().is_some()
-                && let Some(events) = &*self.events.borrow()
-            {
-                events.found();
-            }
-        }
-    }
-
-    /// What came since the last time ends its silence.
-    pub(super) fn listen(&self) {
-        self.slots.borrow().iter().flatten().for_each(|link| self.silence.hear(link.heard()));
-        self.silence.count(self.stats.received_bytes(), now());
-    }
-
-    /// `since`: when it was heard last, or when the loss was noticed. Whoever waited in silence before that has waited
-    /// already.
-    pub(super) fn report_lost(&self, reason: String, since: Instant) {
-        if self.stats.links() == 0 {
-            if self.lost_since.get().is_none() {
-                // Others may have been heard after the last look, and have broken in the same moment.
-                self.listen();
-                let silent_since = self.silence.since().unwrap_or(since);
-                self.lost_since.set(Some(since.min(silent_since)));
-            }
-            if let Some(events) = &*self.events.borrow() {
-                events.lost(Lost { reason });
-            }
-        }
-    }
-
-    /// Has it been lost for longer than requests are to wait?
-    pub(super) fn is_given_up(&self) -> bool {
-        let too_long = |since: Instant| match self.policy.get() {
-            OnLoss::Wait => false,
-            OnLoss::FailAfter(patience) => now().duration_since(since) >= patience,
-        };
-        self.lost_since.get().is_some_and(too_long)
-    }
-
-    /// The least loaded link of a lane, or of the other lane if it has none; waits until there is one. `None`: that has
-    /// taken too long, or will not happen any more.
-    async fn link(&self, lane: Lane, patience: Patience) -> Option<Link> {
-        loop {
-            let up = self.link_up.listen();
-            if let Some(link) = self.pick(lane) {
-                return Some(link);
-            }
-            if self.hung_up.get() || (patience == Patience::Policy && self.is_given_up()) {
-                return None;
-            }
-            up.await;
-        }
-    }
-
-    fn pick(&self, lane: Lane) -> Option<Link> {
-        let slots = self.slots.borrow();
-        let (demand, bulk) = slots.split_at(1);
-        let (first, second) = match lane {
-            Lane::Demand | Lane::Ahead => (demand, bulk),
-            Lane::Bulk => (bulk, demand),
-        };
-        let own_link_may_come = demand.len() < slots.len() && !self.bulk_refused.get();
-        let best = |slots: &[Option<Link>]| {
-            slots.iter().flatten().filter(|link| link.is_alive()).min_by_key(|link| link.load()).cloned()
-        };
-        match best(first) {
-            None if lane == Lane::Bulk && own_link_may_come => None,
-            None => best(second),
-            found => found,
         }
     }
 }

@@ -14,12 +14,24 @@ struct Counters {
     received: AtomicU64,
     sent: AtomicU64,
     data: AtomicU64,
+    greeted: AtomicU64,
     links: AtomicU64,
 }
 
 impl SourceStats {
     pub(super) fn add_received(&self, bytes: u64) {
         self.inner.received.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    /// The same, of a handshake.
+    pub(super) fn add_greeted(&self, bytes: u64) {
+        self.inner.greeted.fetch_add(bytes, Ordering::Relaxed);
+        self.add_received(bytes);
+    }
+
+    /// Bytes received in handshakes.
+    pub(super) fn greeted_bytes(&self) -> u64 {
+        self.inner.greeted.load(Ordering::Relaxed)
     }
 
     pub(super) fn add_sent(&self, bytes: u64) {

@@ -4,6 +4,7 @@
 //! |---|---|
 //! | data | a read returns what was last written, or the source's bytes ([`History`]) |
 //! | I6 | a block is asked for again only if the answer was lost with its connection, or was an error |
+//! | doubt | a sector of it is asked for on a new connection, where another has been silent for a while |
 //! | patience | an error of an absent block comes with `fail-after:T` only, and not before T of silence |
 //! | I8/I9 | what needs nothing from the source waits for nothing of it, and does not fail |
 //! | in time | with `fail-after:T`, nobody waits for longer than that and a bound |
@@ -35,6 +36,8 @@ const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::fro
 const MAX_DIALS_A_MINUTE: usize = 3 * (7 + 12) + 2;
 /// A source is not taken for silent before that.
 const MIN_SILENCE: Duration = Duration::from_secs(2);
+/// A connection is not doubted before that.
+const MIN_DOUBT: Duration = Duration::from_secs(1);
 /// What is promised beyond T, and what disks and a commit may take.
 const GRACE: Duration = Duration::from_millis(1000 + 1000);
 
@@ -52,6 +55,8 @@ pub struct Stats {
     pub fetches: u64,
     /// Fetches whose answer was lost.
     pub lost: u64,
+    /// Questions whether a connection is dead.
+    pub probes: u64,
     pub dials: u64,
     pub refused_dials: u64,
     pub flipped_bits: u64,
@@ -75,6 +80,7 @@ impl Counts for Stats {
         self.fetches += fetches;
         self.lost += lost;
         self.dials += other.dials;
+        self.probes += other.probes;
         self.refused_dials += other.refused_dials;
         self.flipped_bits += other.flipped_bits;
         self.troubles += other.troubles;
@@ -137,6 +143,8 @@ pub struct Judge {
     policies: RefCell<Vec<(Duration, OnLoss)>>,
     /// When the device heard anything.
     heard: Cell<Duration>,
+    /// The same of each connection, or when it was dialled. (What is asked on one that is dead, nobody sees.)
+    heard_on: RefCell<BTreeMap<ConnectionId, Duration>>,
     /// When it had an answer, and the times without one that were more than a moment: their ends and lengths.
     answered: Cell<Duration>,
     silences: RefCell<Vec<(Duration, Duration)>>,
@@ -166,6 +174,7 @@ impl Judge {
             open: RefCell::default(),
             policies: RefCell::new(vec![(Duration::ZERO, setup.policy)]),
             heard: Cell::default(),
+            heard_on: RefCell::default(),
             answered: Cell::default(),
             silences: RefCell::default(),
             excused_until: Cell::default(),
@@ -222,6 +231,7 @@ impl Judge {
         let now = self.now();
         self.count(|stats| stats.dials += 1);
         self.note(|| format!("{id:?} is dialled: {connecting:?}"));
+        self.heard_on.borrow_mut().insert(id, now);
         let mut dials = self.dials.borrow_mut();
         dials.push_back(now);
         while dials.front().is_some_and(|first| now - *first > Duration::from_secs(60)) {
@@ -284,8 +294,9 @@ impl Judge {
         self.pauses.set(pauses);
     }
 
-    pub fn heard_bytes(&self) {
+    pub fn heard_bytes(&self, id: ConnectionId) {
         self.heard.set(self.now());
+        self.heard_on.borrow_mut().insert(id, self.now());
     }
 
     pub fn flipped(&self) {
@@ -309,6 +320,9 @@ impl Judge {
         self.count(|stats| stats.fetches += 1);
         self.note(|| format!("{id:?} is asked for {len} bytes at {offset} (cookie {cookie})"));
         self.fetch_on.borrow_mut().insert(id);
+        if u64::from(len) < UNIT {
+            return self.probed(id);
+        }
         let (start, end) = (offset / UNIT, (offset + u64::from(len)).div_ceil(UNIT));
         if let Some(before) = self.asked.borrow_mut().insert((id, cookie), (start, end)) {
             self.broken("cookie", format!("{id:?} has a request {cookie} already, for blocks {before:?}"));
@@ -320,6 +334,17 @@ impl Judge {
                 Fetched::Never => {}
                 before => self.broken("I6", format!("block {block} is asked for on {id:?}, and is {before:?}")),
             }
+        }
+    }
+
+    fn probed(&self, id: ConnectionId) {
+        self.count(|stats| stats.probes += 1);
+        let longest = self.heard_on.borrow().values().map(|heard| self.now() - *heard).max();
+        if longest.unwrap_or_default() < MIN_DOUBT {
+            self.broken(
+                "doubt",
+                format!("{id:?} is asked for a part of a block, and the longest silence is {longest:?}"),
+            );
         }
     }
 
@@ -447,6 +472,7 @@ impl Stats {
             self.misses,
             self.fetches,
             self.lost,
+            self.probes,
             self.refused_dials,
             self.flipped_bits,
             self.device_kills,

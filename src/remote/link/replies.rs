@@ -36,6 +36,8 @@ impl Link {
         let Some(common) = reader.read(ReplyHeader::COMMON_LEN).await? else { return Err(LinkFailure::Closed) };
         let common: [u8; ReplyHeader::COMMON_LEN] = common.try_into().expect("read what was asked for");
         self.inner.receiving.set(true);
+        // Also if it is the last that comes, and says no more than that the source is going away.
+        self.inner.last_heard.set(now());
         let mut extra = [0; 4];
         if ReplyHeader::needs_more(&common) > 0 {
             extra = small(reader, 4).await?.try_into().expect("read what was asked for");
