@@ -63,7 +63,8 @@
 //! - **I4** TRIM and WRITE_ZEROES make blocks present too; source data never comes back.
 //! - **I5** A partial write to an absent block fetches and merges first.
 //! - **I6** A block crosses the wire at most once per attach; only what was in flight on a connection that
-//!   broke, or was fetched but not committed at a crash, may cross again. Holes and zeros cross as metadata.
+//!   broke, or was fetched but not committed at a crash, may cross again, and a sector of what a silent one owes.
+//!   Holes and zeros cross as metadata.
 //! - **I7** In standby nothing is cached and nothing is written.
 //! - **I8** A hit never waits for a miss, and a demand fetch never waits behind hydration.
 //! - **I9** A write of whole blocks never waits for the network.
