@@ -137,6 +137,8 @@ pub struct Judge {
     pub most_asked: Cell<u64>,
     dials: RefCell<VecDeque<Duration>>,
     pauses: Cell<Pauses>,
+    /// Connections that were made while the only one was up, because it is doubted.
+    beside: RefCell<BTreeSet<ConnectionId>>,
     /// Operations that are not answered.
     open: RefCell<BTreeMap<u64, Open>>,
     /// The last policies, and since when.
@@ -171,6 +173,7 @@ impl Judge {
             most_asked: Cell::default(),
             dials: RefCell::default(),
             pauses: Cell::new(Pauses { next: None, refused_at: None, up: None }),
+            beside: RefCell::default(),
             open: RefCell::default(),
             policies: RefCell::new(vec![(Duration::ZERO, setup.policy)]),
             heard: Cell::default(),
@@ -241,8 +244,11 @@ impl Judge {
             self.broken("backoff", format!("{} attempts to connect within a minute, and no answer", dials.len()));
         }
         drop(dials);
-        if let Connecting::Refused(delay) = connecting {
-            self.count(|stats| stats.refused_dials += 1);
+        let is_refused = matches!(connecting, Connecting::Refused(_));
+        self.count(|stats| stats.refused_dials += u64::from(is_refused));
+        if self.pauses.get().up.is_some() {
+            self.beside.borrow_mut().insert(id);
+        } else if let Connecting::Refused(delay) = connecting {
             self.refused(now, delay);
         } else {
             self.pauses.set(Pauses { next: None, refused_at: None, up: Some((id, false)) });
@@ -287,10 +293,12 @@ impl Judge {
         self.count(|stats| stats.lost += lost * (before - asked.len()) as u64);
         let mut pauses = self.pauses.get();
         if let Some((_, answered)) = pauses.up.filter(|(up, _)| *up == id) {
-            // One that was good: the pauses begin anew, with an attempt at once.
-            pauses.next = answered.then_some(BACKOFF.0);
+            // One that was good: the pauses begin anew, with an attempt at once; unless another may take its place.
+            let is_replaced = !self.beside.borrow().is_empty();
+            pauses.next = (answered && !is_replaced).then_some(BACKOFF.0);
             pauses.up = None;
         }
+        self.beside.borrow_mut().remove(&id);
         self.pauses.set(pauses);
     }
 

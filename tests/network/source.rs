@@ -9,6 +9,7 @@ use blkferry::nbd::{DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, TransmissionFlags
 use blkferry::server::{Disk, DiskExtent, ServeStats, Server, without_zeros};
 use blkferry::uring::simulation::{ProcessId, World};
 use blkferry::uring::{Listener, Part, sleep};
+use event_listener::Event;
 
 use crate::setup::Setup;
 use crate::stamp::SECTOR;
@@ -111,7 +112,8 @@ impl Source {
             let listener = Listener::tcp(HOST, PORT).expect("nobody else listens there");
             let disk = Rc::new(MemoryDisk { setup, weather, mood, other });
             let _server = Server::start(listener, disk, ServeStats::default());
-            std::future::pending::<()>().await;
+            // Not `pending`: a task whose waker nobody has is never dropped, nor the world that it holds.
+            Event::new().listen().await;
         });
         task.detach();
         *self.running.borrow_mut() = Some(process);
