@@ -133,6 +133,8 @@ pub struct Judge {
     /// Connections on which blocks were asked for: what is said on others, about what is hot, is not heard by those who
     /// wait for blocks.
     fetch_on: RefCell<BTreeSet<ConnectionId>>,
+    /// Connections on which only a part of a block was asked for, so far.
+    probed_on: RefCell<BTreeSet<ConnectionId>>,
     /// Most bytes that were asked for and not answered, so far.
     pub most_asked: Cell<u64>,
     dials: RefCell<VecDeque<Duration>>,
@@ -170,6 +172,7 @@ impl Judge {
             blocks: RefCell::new(vec![Fetched::Never; blocks as usize]),
             asked: RefCell::default(),
             fetch_on: RefCell::default(),
+            probed_on: RefCell::default(),
             most_asked: Cell::default(),
             dials: RefCell::default(),
             pauses: Cell::new(Pauses { next: None, refused_at: None, up: None }),
@@ -279,6 +282,7 @@ impl Judge {
     pub fn left(&self, id: ConnectionId) {
         self.note(|| format!("{id:?} is given up"));
         self.fetch_on.borrow_mut().remove(&id);
+        self.probed_on.borrow_mut().remove(&id);
         let mut lost = 0;
         let now = self.now();
         for block in self.blocks.borrow_mut().iter_mut() {
@@ -318,7 +322,7 @@ impl Judge {
     pub fn device_starts(&self) {
         self.blocks.borrow_mut().fill(Fetched::Never);
         self.asked.borrow_mut().clear();
-        self.pauses.set(Pauses { next: None, refused_at: None, up: None });
+        self.pauses.set(Pauses { next: None, refused_at: None, ..self.pauses.get() });
         self.dials.borrow_mut().clear();
         self.timely_from.set(self.now());
     }
@@ -331,6 +335,7 @@ impl Judge {
         if u64::from(len) < UNIT {
             return self.probed(id);
         }
+        self.probed_on.borrow_mut().remove(&id);
         let (start, end) = (offset / UNIT, (offset + u64::from(len)).div_ceil(UNIT));
         if let Some(before) = self.asked.borrow_mut().insert((id, cookie), (start, end)) {
             self.broken("cookie", format!("{id:?} has a request {cookie} already, for blocks {before:?}"));
@@ -347,6 +352,7 @@ impl Judge {
 
     fn probed(&self, id: ConnectionId) {
         self.count(|stats| stats.probes += 1);
+        self.probed_on.borrow_mut().insert(id);
         let longest = self.heard_on.borrow().values().map(|heard| self.now() - *heard).max();
         if longest.unwrap_or_default() < MIN_DOUBT {
             self.broken(
@@ -359,7 +365,9 @@ impl Judge {
     pub fn heard_answer(&self, id: ConnectionId, said: Said) {
         let Said::Answered { cookie, error } = said else { return };
         self.note(|| format!("{id:?} has answered {cookie}{}", if error { " with an error" } else { "" }));
-        if self.fetch_on.borrow().contains(&id) {
+        // That it is going away is no answer to those who wait, where it was not they who asked.
+        let is_no_answer = error && self.probed_on.borrow().contains(&id);
+        if self.fetch_on.borrow().contains(&id) && !is_no_answer {
             let before = self.answered.replace(self.now());
             if self.now() - before > Duration::from_millis(50) {
                 self.silences.borrow_mut().push((self.now(), self.now() - before));
@@ -368,7 +376,8 @@ impl Judge {
         self.dials.borrow_mut().clear();
         let mut pauses = self.pauses.get();
         if let Some((_, answered)) = pauses.up.as_mut().filter(|(up, _)| *up == id) {
-            *answered = true;
+            // That it is going away is no sign of a good connection.
+            *answered |= !error;
         }
         self.pauses.set(pauses);
         let Some((start, end)) = self.asked.borrow_mut().remove(&(id, cookie)) else { return };
