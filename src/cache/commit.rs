@@ -3,7 +3,8 @@
 use std::collections::VecDeque;
 use std::io;
 
-use super::metadata::{MetadataFile, encode_map};
+use super::layout::encode_map;
+use super::metadata::MetadataFile;
 use super::page::PAGE_BYTES;
 use super::recover::{Newest, Recovered};
 use super::superblock::Superblock;

@@ -12,6 +12,7 @@
 mod commit;
 mod data;
 mod holes;
+mod layout;
 mod live;
 mod metadata;
 mod open;
@@ -24,12 +25,13 @@ mod whole;
 pub use commit::PlantedFault;
 pub use commit::{Commit, CommitReport, Committer, Durable, Step};
 pub use data::{CacheError, DataFile};
+pub use layout::{encode_superblock, file_bytes, map_offset};
 pub use live::{LiveError, LiveMap};
-pub use metadata::{MetadataError, MetadataFile, encode_superblock, file_bytes, map_offset};
+pub use metadata::MetadataFile;
 pub use open::{
     Cache, CacheOptions, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Store, default_metadata_path, discard, peek,
 };
 pub use page::{CopyState, PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
-pub use recover::{ReadAt, Recovered, Recovery};
+pub use recover::{MetadataError, ReadAt, Recovered, Recovery};
 pub use superblock::{CacheState, FORMAT_VERSION, Gift, Superblock};
 pub use whole::Whole;

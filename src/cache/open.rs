@@ -8,8 +8,10 @@ use uuid::Uuid;
 
 use super::commit::{CommitReport, Committer, Durable};
 use super::data::{CacheError, DataFile};
+use super::layout::fits;
 use super::live::{LiveError, LiveMap, boot_id};
-use super::metadata::{MetadataError, MetadataFile, fits};
+use super::metadata::MetadataFile;
+use super::recover::MetadataError;
 use super::recover::Recovered;
 use super::superblock::{CacheState, Gift, Superblock};
 use crate::beside::{beside, make_device_dir, sync_dir_of};

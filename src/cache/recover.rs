@@ -3,13 +3,73 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use super::holes::next_data;
-use super::metadata::{KIND_MAP, KIND_SUPERBLOCK, MetadataError, SUPERBLOCK_COPIES, file_bytes, map_offset};
+use super::layout::{KIND_MAP, KIND_SUPERBLOCK, SUPERBLOCK_COPIES, file_bytes, map_offset};
 use super::page::{CopyState, PAGE_BYTES, SealedPage};
 use super::superblock::{FORMAT_VERSION, Superblock};
-use crate::engine::{Geometry, Maps, PAGE_BLOCKS, PAGE_WORDS, PageImage};
+use crate::engine::{Geometry, GeometryError, Maps, PAGE_BLOCKS, PAGE_WORDS, PageImage};
+
+/// Why a metadata file cannot be used. Nothing was changed.
+#[derive(Debug, thiserror::Error)]
+pub enum MetadataError {
+    /// The system refused.
+    #[error("metadata {path}: {action}: {source}")]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Some other file.
+    #[error("metadata {0}: this is not a blkferry metadata file; name the right one with --metadata")]
+    NotMetadata(PathBuf),
+    /// Written by a later blkferry.
+    #[error(
+        "metadata {path}: format version {found} is newer than this program's {FORMAT_VERSION}; use the blkferry that wrote it"
+    )]
+    Newer {
+        /// The file.
+        path: PathBuf,
+        /// Its version.
+        found: u32,
+    },
+    /// Too short.
+    #[error(
+        "metadata {path}: truncated: {found} bytes, a disk of this size has {expected}; restore the file, \
+         or start again with a new cache (writes made here would be lost)"
+    )]
+    Truncated {
+        /// The file.
+        path: PathBuf,
+        /// Its length in bytes.
+        found: u64,
+        /// What it should be.
+        expected: u64,
+    },
+    /// A page that may hold what a guest was promised cannot be read.
+    #[error(
+        "metadata {path}: {what} is damaged (both copies unusable, or the newer one); restore the file from a \
+         backup. Starting without it would fetch these blocks from the source again and lose what was written to them here"
+    )]
+    Damaged {
+        /// The file.
+        path: PathBuf,
+        /// Which page, and the bytes of the disk that it tells about.
+        what: String,
+    },
+    /// The superblock says something impossible.
+    #[error("metadata {path}: {source}")]
+    Geometry {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        source: GeometryError,
+    },
+}
 
 /// Bytes to recover from.
 pub trait ReadAt {

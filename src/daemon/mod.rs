@@ -250,15 +250,18 @@ pub fn run(options: &DaemonOptions, observer: &mut dyn Observer) -> Result<(), D
     }
     let (wishes, wished) = crossbeam::channel::unbounded();
     let stop = wishes.clone();
+    let (interrupt, interrupted) = crossbeam::channel::bounded(1);
     // Before any thread is started: they inherit the mask.
-    wait_for_stop_signal(move || drop(stop.send(Wish::Stop)))?;
+    wait_for_stop_signal(move || {
+        let _ = (stop.send(Wish::Stop), interrupt.send(()));
+    })?;
     let run_dir = RunDir::open()?;
     let mut claim = run_dir.claim(&options.name)?;
     let recovering = options.ublk.is_some_and(|ublk| ublk.recover.is_some());
     if !recovering {
         ublk::refuse_orphans(&run_dir, &claim, options)?;
     }
-    let up = start::start(options, &run_dir, &mut claim, wishes)
+    let up = start::start(options, &run_dir, &mut claim, wishes, &interrupted)
         .and_then(|daemon| daemon.take_over(options))
         .and_then(Daemon::go_live);
     let daemon = match up {

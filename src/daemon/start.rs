@@ -94,6 +94,7 @@ pub(super) fn start(
     run_dir: &RunDir,
     claim: &mut Claim,
     wishes: Sender<Wish>,
+    interrupted: &Receiver<()>,
 ) -> Result<Daemon, DaemonError> {
     let places = Places::of(options, run_dir).map_err(|e| DaemonError::Io("the paths cannot be made absolute", e))?;
     let door = Door::take(options, &places)?;
@@ -119,7 +120,7 @@ pub(super) fn start(
         claim.publish(&entry).map_err(|e| DaemonError::Io("the run directory's entry", e))?;
     }
     let policy = LossPolicy::new(options.on_source_loss);
-    let up = start_on(options, run_dir, &places, &policy, door);
+    let up = start_on(options, run_dir, &places, &policy, door, interrupted);
     let Up { core, frontend, fetch, commit, facts, meters, hands, is_fresh, file, rung } = match up {
         Ok(up) => up,
         Err(error) => {
@@ -185,9 +186,10 @@ fn start_on(
     places: &Places,
     policy: &LossPolicy,
     door: Door,
+    interrupted: &Receiver<()>,
 ) -> Result<Up, DaemonError> {
     let mut known = peek(&places.metadata)?;
-    let (fetch, hello) = open_source(options, known.as_ref(), policy)?;
+    let (fetch, hello) = open_source(options, known.as_ref(), policy, interrupted)?;
     let standing = hello.as_ref().and_then(|hello| hello.standing.as_ref());
     if let (Some(cache), Some(standing)) = (&known, standing)
         && becomes_image(places, run_dir, cache, standing)?
@@ -335,6 +337,7 @@ fn open_source(
     options: &DaemonOptions,
     known: Option<&Superblock>,
     policy: &LossPolicy,
+    interrupted: &Receiver<()>,
 ) -> Result<(FetchThread, Option<SourceHello>), DaemonError> {
     let state = known.map(|superblock| superblock.state);
     let complete = state == Some(CacheState::Complete);
@@ -342,15 +345,15 @@ fn open_source(
         if state != Some(CacheState::Away) {
             return Err(DaemonError::NeedsSource(options.cache.clone()));
         }
-        return Ok(FetchThread::start(None, false, policy.clone())?);
+        return Ok(FetchThread::start(None, false, policy.clone(), interrupted)?);
     }
     // Nobody else could give this disk back, or would be taken for whoever gave it.
     let known_ferry = is_given_away(&options.cache) || known.is_some_and(|superblock| superblock.gift.is_some());
-    match FetchThread::start(Some(options.source.clone()), known_ferry, policy.clone()) {
+    match FetchThread::start(Some(options.source.clone()), known_ferry, policy.clone(), interrupted) {
         Ok(opened) => Ok(opened),
         Err(FetchThreadError::Dial(e)) if complete => {
             log::info!("the cache is complete, going on without its source ({e})");
-            Ok(FetchThread::start(None, false, policy.clone())?)
+            Ok(FetchThread::start(None, false, policy.clone(), interrupted)?)
         }
         Err(FetchThreadError::Dial(e)) if state == Some(CacheState::Away) => Err(DaemonError::SourceGone(e)),
         Err(e) => Err(e.into()),

@@ -1,194 +1,24 @@
-//! The fetch thread: everything that waits for the source, and the stores that follow.
+//! Everything that waits for the source, and the stores that follow.
 
 use std::cell::{Cell, RefCell};
 use std::collections::HashMap;
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
-use std::thread::JoinHandle;
 
 use crossbeam::channel::Sender;
 
 use super::core::Core;
+use super::fetch_bytes::{BULK_WINDOW_BYTES, BULK_WINDOW_SHARED_BYTES, DEMAND_WINDOW_BYTES, SCARCE_BYTES};
 use super::messages::FetchRequest;
-use super::source_side::SourceSide;
-use super::verify::{Verifier, verify};
+use super::verify::verify;
 use super::window::Window;
-use crate::engine::{BlockRun, ByteRange, EngineConfig, Errno, Event, Extent, FetchError, FetchId, Lane, Questions};
-use crate::nbd::{Standing, Uri};
-use crate::remote::{
-    Beforehand, DialError, FetchedData, HandOffError, LossPolicy, Lost, Source, SourceEvents, SourceStats,
-};
-use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Reactor, Task, UringError, ZeroMode, now, spawn};
+use crate::engine::{BlockRun, ByteRange, Errno, Event, Extent, FetchError, FetchId, Lane};
+use crate::remote::{FetchedData, HandOffError, Lost, Source, SourceEvents};
+use crate::uring::{Budget, FileIo, Lent, Mailbox, Part, Task, ZeroMode, now, spawn};
 
-/// Most bytes that one fetch asks for.
-pub const MAX_FETCH_BYTES: u64 = 1 << 20;
-/// What a fetch counts for at least: of small ones there are so many more under way, but not without end.
-pub(super) const SMALL_FETCH_BYTES: u64 = 32 << 10;
-/// Bytes that hydration may have in flight, on the wire or on their way into the cache.
-const BULK_WINDOW_BYTES: usize = 24 << 20;
-/// The same where demand shares the only connection: what is ahead of it there is what it waits for.
-const BULK_WINDOW_SHARED_BYTES: usize = 4 << 20;
 /// Fetches for hydration that may fail one after the other before it pauses: more than one bad block makes of them.
 const MAX_FAILURES: u32 = 64;
-/// With less than this free, hydration makes room in the cache before it asks the source: what cannot be stored
-/// would cross the wire again (I6).
-const SCARCE_BYTES: u64 = 4 * BULK_WINDOW_BYTES as u64;
-/// Bytes that demand may have in flight.
-const DEMAND_WINDOW_BYTES: usize = 64 << 20;
-
-/// What the source said when it was opened.
-#[derive(Clone, Debug)]
-pub struct SourceHello {
-    /// Size of the disk in bytes.
-    pub size_bytes: u64,
-    /// What its contents are known by.
-    pub identity: String,
-    /// Does it tell holes?
-    pub tells_extents: bool,
-    /// Does it send zeros as holes?
-    pub sends_holes: bool,
-    /// Does it take several connections?
-    pub takes_several: bool,
-    /// Largest and smallest read that it takes, in bytes.
-    pub max_read_bytes: u64,
-    /// Smallest unit of a read, in bytes.
-    pub min_read_bytes: u64,
-    /// How its disk stands, if it can change hands.
-    pub standing: Option<Standing>,
-    /// Its counters.
-    pub stats: SourceStats,
-}
-
-/// Why the fetch thread did not come up.
-#[derive(Debug, thiserror::Error)]
-pub enum FetchThreadError {
-    /// No ring.
-    #[error(transparent)]
-    Uring(#[from] UringError),
-    /// No source.
-    #[error(transparent)]
-    Dial(#[from] DialError),
-    /// No thread.
-    #[error("cannot start the fetch thread: {0}")]
-    Thread(#[from] io::Error),
-}
-
-/// The running thread.
-pub struct FetchThread {
-    handle: JoinHandle<()>,
-    mailbox: Mailbox<FetchRequest>,
-}
-
-impl FetchThread {
-    /// Starts the thread and connects to the source. Without one (a complete cache) it only verifies. `known_ferry`: it
-    /// can only be a blkferry export.
-    pub fn start(
-        source: Option<Uri>,
-        known_ferry: bool,
-        policy: LossPolicy,
-    ) -> Result<(Self, Option<SourceHello>), FetchThreadError> {
-        let mailbox = Mailbox::default();
-        let requests = mailbox.clone();
-        let (said, hello) = crossbeam::channel::bounded(1);
-        let run = move || {
-            let reactor = match Reactor::new() {
-                Ok(reactor) => reactor,
-                Err(e) => return drop(said.send(Err(e.into()))),
-            };
-            let beforehand = Beforehand { keeps_up: true, known_ferry };
-            reactor
-                .block_on(fetch_main(source, policy, beforehand, requests, said))
-                .expect("a ring that worked goes on working");
-        };
-        let handle = std::thread::Builder::new().name("fetch".into()).spawn(run)?;
-        let hello = hello.recv().unwrap_or_else(|_| Err(io::Error::other("it ended at once").into()))?;
-        Ok((Self { handle, mailbox }, hello))
-    }
-
-    pub(crate) fn mailbox(&self) -> Mailbox<FetchRequest> {
-        self.mailbox.clone()
-    }
-
-    /// Puts the thread to work for a device.
-    pub fn begin(&self, core: Arc<Core>, cache: FileIo) {
-        self.mailbox.send(FetchRequest::Begin { core, cache });
-    }
-
-    /// What other threads ask of the source beside the engine.
-    pub fn source_side(&self) -> SourceSide {
-        SourceSide::new(self.mailbox.clone())
-    }
-
-    /// What compares the cache with the source.
-    pub fn verifier(&self) -> Verifier {
-        Verifier::new(self.mailbox.clone())
-    }
-
-    /// Ends the thread. Stores in flight are finished or were never said to be done.
-    pub fn stop(self) {
-        self.mailbox.send(FetchRequest::Stop);
-        // A panic there has ended the process.
-        let _ = self.handle.join();
-    }
-}
-
-type Said = Sender<Result<Option<SourceHello>, FetchThreadError>>;
-
-impl SourceHello {
-    pub(super) fn of(source: &Source) -> Self {
-        Self {
-            size_bytes: source.size_bytes(),
-            identity: source.identity(),
-            standing: source.standing(),
-            tells_extents: source.tells_extents(),
-            sends_holes: source.sends_holes(),
-            takes_several: source.takes_several(),
-            max_read_bytes: source.max_read_bytes(),
-            min_read_bytes: source.min_read_bytes(),
-            stats: source.stats().clone(),
-        }
-    }
-}
-
-/// What the engine must know of a source, or of there being none.
-pub fn engine_config(hello: Option<&SourceHello>) -> EngineConfig {
-    let asked = |hello: &SourceHello| if hello.takes_several { Questions::AHEAD } else { Questions::SHARED };
-    EngineConfig {
-        max_fetch_bytes: hello.map_or(MAX_FETCH_BYTES, |hello| hello.max_read_bytes.min(MAX_FETCH_BYTES)),
-        questions: hello.filter(|hello| hello.tells_extents).map(asked),
-        compact: hello.is_some_and(|hello| hello.sends_holes),
-    }
-}
-
-async fn fetch_main(
-    uri: Option<Uri>,
-    policy: LossPolicy,
-    beforehand: Beforehand,
-    requests: Mailbox<FetchRequest>,
-    said: Said,
-) {
-    let source = match uri {
-        None => None,
-        Some(uri) => match Source::open(uri, policy, beforehand).await {
-            Ok(source) => Some(source),
-            Err(e) => return drop(said.send(Err(e.into()))),
-        },
-    };
-    if said.send(Ok(source.as_ref().map(SourceHello::of))).is_err() {
-        return;
-    }
-    loop {
-        match requests.recv().await {
-            FetchRequest::Begin { core, cache } => return Fetcher::new(core, cache, source).run(requests).await,
-            FetchRequest::Expect { expect, identity } => {
-                source.iter().for_each(|source| source.expect(expect, identity.clone()));
-            }
-            FetchRequest::Stop => return,
-            _ => unreachable!("nothing else is asked before the device exists"),
-        }
-    }
-}
 
 /// What the shell keeps of a fetch until the engine releases it.
 struct Held {

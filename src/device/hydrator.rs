@@ -6,7 +6,8 @@ use std::time::Duration;
 use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 
-use super::fetcher::{Fetcher, MAX_FETCH_BYTES, SMALL_FETCH_BYTES};
+use super::fetch_bytes::{MAX_FETCH_BYTES, SMALL_FETCH_BYTES};
+use super::fetcher::Fetcher;
 use super::gate::Phase;
 use super::hydration::{HydrationState, Mode, Pacer};
 use crate::engine::{Action, Event};

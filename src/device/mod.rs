@@ -15,6 +15,8 @@
 
 mod committer;
 mod core;
+mod fetch_bytes;
+mod fetch_thread;
 mod fetcher;
 mod gate;
 mod hits;
@@ -30,7 +32,8 @@ mod window;
 
 pub use committer::CommitThread;
 pub use core::{Core, Counters, Health};
-pub use fetcher::{FetchThread, FetchThreadError, MAX_FETCH_BYTES, SourceHello, engine_config};
+pub use fetch_bytes::MAX_FETCH_BYTES;
+pub use fetch_thread::{FetchThread, FetchThreadError, SourceHello, engine_config};
 pub use gate::{Gate, Phase};
 pub use hydration::{Hydration, HydrationState, Mode, ModeError};
 pub use messages::{VerifyProgress, VerifyReport};

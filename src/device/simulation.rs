@@ -11,7 +11,8 @@ use futures_util::future::select;
 
 use super::committer::Thread;
 use super::core::Core;
-use super::fetcher::{Fetcher, SourceHello, engine_config};
+use super::fetch_thread::{SourceHello, engine_config};
+use super::fetcher::Fetcher;
 use super::gate::{Gate, Phase};
 use super::hydration::{Hydration, Mode};
 use super::messages::{CommitRequest, FetchRequest};

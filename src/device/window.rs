@@ -17,7 +17,7 @@
 use std::cell::Cell;
 use std::time::{Duration, Instant};
 
-use super::fetcher::{MAX_FETCH_BYTES, SMALL_FETCH_BYTES};
+use super::fetch_bytes::{MAX_FETCH_BYTES, SMALL_FETCH_BYTES};
 use crate::engine::Lane;
 
 /// How much longer than the fastest fetch one may take, at least: a link that stutters must not run dry.

@@ -365,8 +365,8 @@ impl Judge {
     pub fn heard_answer(&self, id: ConnectionId, said: Said) {
         let Said::Answered { cookie, error } = said else { return };
         self.note(|| format!("{id:?} has answered {cookie}{}", if error { " with an error" } else { "" }));
-        // That it is going away is no answer to those who wait, where it was not they who asked.
-        let is_no_answer = error && self.probed_on.borrow().contains(&id);
+        // It may come too late, or say that it is going away: those who wait will ask there, or elsewhere.
+        let is_no_answer = self.probed_on.borrow().contains(&id);
         if self.fetch_on.borrow().contains(&id) && !is_no_answer {
             let before = self.answered.replace(self.now());
             if self.now() - before > Duration::from_millis(50) {
