@@ -28,7 +28,7 @@ pub(super) async fn doubt(shared: Rc<Shared>) {
         sleep(WATCH_PERIOD).await;
         let Some((silent, since)) = longest_silent(&shared) else { continue };
         let over = is_over(&silent, since).boxed_local();
-        match select(probe(&shared, &silent).boxed_local(), over).await {
+        match select(probe(&shared, &silent, since).boxed_local(), over).await {
             Either::Left((Ok(proven), _)) => {
                 log::warn!(
                     "source {}: it answers on a new connection, and not on an old one, which is given up",
@@ -65,10 +65,13 @@ async fn is_over(link: &Link, since: Instant) {
 }
 
 /// A new connection to the same disk, on which the source has answered what the silent one owes.
-async fn probe(shared: &Shared, silent: &Link) -> Result<Candidate, String> {
+async fn probe(shared: &Shared, silent: &Link, since: Instant) -> Result<Candidate, String> {
     let proven = reconnect(shared, false, None).await?;
     let link = proven.link();
     let unit = PROBE_BYTES.max(u64::from(link.session().min_block));
+    if silent.silent_since() != Some(since) {
+        return Err("the silent one has spoken".into());
+    }
     let start = silent.awaited_read().map_or(0, |range| range.start / unit * unit);
     match link.read(ByteRange { start, end: (start + unit).min(shared.size_bytes) }).await {
         // A block that cannot be read is an answer, too.

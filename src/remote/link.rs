@@ -39,6 +39,8 @@ pub(super) enum LinkFailure {
     Io(#[from] io::Error),
     #[error("the source closed the connection")]
     Closed,
+    #[error("the source says that it is going away")]
+    Leaving,
     #[error("{0}")]
     Protocol(#[from] ProtocolError),
     #[error("{0}")]

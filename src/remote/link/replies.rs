@@ -25,10 +25,13 @@ impl Link {
             let result = self.receive_reply(&mut reader).await;
             self.inner.stats.add_received(reader.take_received_bytes());
             self.inner.receiving.set(false);
+            // The end of a connection says nothing; a reply that ends it does.
+            if !matches!(result, Err(LinkFailure::Io(_) | LinkFailure::Closed)) {
+                self.inner.last_heard.set(now());
+            }
             if let Err(failure) = result {
                 return failure;
             }
-            self.inner.last_heard.set(now());
         }
     }
 
@@ -36,7 +39,6 @@ impl Link {
         let Some(common) = reader.read(ReplyHeader::COMMON_LEN).await? else { return Err(LinkFailure::Closed) };
         let common: [u8; ReplyHeader::COMMON_LEN] = common.try_into().expect("read what was asked for");
         self.inner.receiving.set(true);
-        // Also if it is the last that comes, and says no more than that the source is going away.
         self.inner.last_heard.set(now());
         let mut extra = [0; 4];
         if ReplyHeader::needs_more(&common) > 0 {
@@ -62,7 +64,7 @@ impl Link {
         }
         if pending.error == Some(NbdError::Shutdown) {
             // It is going away: what is asked here is asked again when it is back (spec: "NBD_ESHUTDOWN").
-            return Err(LinkFailure::Closed);
+            return Err(LinkFailure::Leaving);
         }
         if header.is_last() {
             finish(pending)?;
