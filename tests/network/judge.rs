@@ -297,9 +297,11 @@ impl Judge {
         self.count(|stats| stats.lost += lost * (before - asked.len()) as u64);
         let mut pauses = self.pauses.get();
         if let Some((_, answered)) = pauses.up.filter(|(up, _)| *up == id) {
-            // One that was good: the pauses begin anew, with an attempt at once; unless another may take its place.
+            // One that was good: the pauses begin anew, with an attempt at once; unless another may take its place, or
+            // its answer was one in which a bit was flipped.
             let is_replaced = !self.beside.borrow().is_empty();
-            pauses.next = (answered && !is_replaced).then_some(BACKOFF.0);
+            let is_in_doubt = self.excused_until.get() >= now;
+            pauses.next = (answered && !is_replaced && !is_in_doubt).then_some(BACKOFF.0);
             pauses.up = None;
         }
         self.beside.borrow_mut().remove(&id);
