@@ -1,5 +1,8 @@
 //! What the source's machine used last, and the guest will use next: it comes before everything else in the background.
 //!
+//! What lies between two stretches that are close to each other counts as one: a guest reads across it, now or another time,
+//! and would wait for a few blocks in the middle of what is here.
+//!
 //! The shortest stretches come first: each one makes the guest wait for about one round trip, however long it is, and a
 //! hundred short ones, a file system's metadata and small files, are but a few mebibytes. Where the guest misses a block it
 //! is about to use what lies around it. If that is a short stretch (a file, as far as it was read, the pages of a program
@@ -18,6 +21,8 @@ use super::maps::Maps;
 const MAX_RUNS: usize = 64 << 10;
 /// A run no longer than this is fetched at once when one of its blocks is missed; so near is what is near.
 const TOGETHER_BYTES: u64 = 512 << 10;
+/// Stretches no further from each other than this are close.
+const GAP_BYTES: u64 = 64 << 10;
 
 /// A stretch, or what is left of it in one piece.
 #[derive(Clone, Copy, Debug)]
@@ -43,20 +48,27 @@ pub(super) struct Hot {
 impl Hot {
     /// Takes ranges; blocks that are here already or on their way are left out later.
     pub(super) fn add(&mut self, geometry: Geometry, ranges: &[ByteRange]) {
-        for range in ranges {
-            let mut run = geometry.covering(*range).clip(geometry.all());
-            if self.runs.len() >= MAX_RUNS {
-                return;
+        let runs = ranges.iter().map(|range| geometry.covering(*range).clip(geometry.all()));
+        runs.clone().for_each(|run| self.add_run(run));
+        for (before, after) in runs.clone().zip(runs.skip(1)) {
+            if before.end < after.start && after.start - before.end <= geometry.blocks_in(GAP_BYTES).get() {
+                self.add_run(BlockRun::new(before.end, after.start));
             }
-            if let Some((_, before)) = self.runs.range(..=run.start).next_back() {
-                run = BlockRun::new(run.start.max(before.left.end), run.end);
-            }
-            while let Some((_, &other)) = self.runs.range(run.start..run.end).next() {
-                self.remove(other);
-                run.end = run.end.max(other.left.end);
-            }
-            self.insert(Stretch { left: run, told: run.len() });
         }
+    }
+
+    fn add_run(&mut self, mut run: BlockRun) {
+        if self.runs.len() >= MAX_RUNS {
+            return;
+        }
+        if let Some((_, before)) = self.runs.range(..=run.start).next_back() {
+            run = BlockRun::new(run.start.max(before.left.end), run.end);
+        }
+        while let Some((_, &other)) = self.runs.range(run.start..run.end).next() {
+            self.remove(other);
+            run.end = run.end.max(other.left.end);
+        }
+        self.insert(Stretch { left: run, told: run.len() });
     }
 
     /// The guest has missed these blocks. What is hot goes on from there; those around it, if it is about to use them.
@@ -194,6 +206,16 @@ mod tests {
         assert_eq!(all[7..], [(100, 164), (164, 228), (228, 240), (400, 464), (464, 500)]);
         assert!(hot.runs.is_empty() && hot.by_length.is_empty());
         assert_eq!(hot.missed(geometry, BlockRun::new(502, 503)), None, "nothing is left");
+    }
+
+    #[test]
+    fn what_lies_between_two_that_are_close_counts_as_one() {
+        let (geometry, maps) = disk();
+        let mut hot = Hot::default();
+        hot.add(geometry, &[bytes(0, 20), bytes(24, 30), bytes(46, 48), bytes(65, 70), bytes(70, 71)]);
+        let next = || hot.next(&maps, &Inflight::default(), NonZeroU64::new(64).unwrap(), |_| None);
+        let found: Vec<_> = std::iter::from_fn(next).map(|run| (run.start, run.end)).collect();
+        assert_eq!(found, [(70, 71), (46, 48), (20, 24), (65, 70), (24, 30), (30, 46), (0, 20)], "and not 48 to 65");
     }
 
     #[test]

@@ -8,7 +8,8 @@
 //! is spent on waiting. Not so behind zeros: there will be more of them.
 //!
 //! What is known to be [hot](super::hot) comes before all that, where the source sends zeros as holes: so no question is
-//! needed.
+//! needed. Zeros that were told of come first of all, wherever they are: they cost nothing, and nobody waits a round trip to
+//! read them.
 //!
 //! Of little that is absent from the beginning, as of a disk that comes home, nothing is asked: the answer would be about the
 //! rest of the disk, and would keep the source from sending what is wanted.
@@ -25,6 +26,9 @@ use super::survey::{Extent, Known, Questions, Survey};
 const LITTLE_BYTES: u64 = 24 << 20;
 /// The same as a part of the disk.
 const LITTLE_PART: u64 = 16;
+
+/// Runs of zeros that are marked one after the other, before something is fetched: a link must not run dry meanwhile.
+const ZEROS_IN_TURN: u32 = 32;
 
 /// What hydration does next.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -60,6 +64,8 @@ pub(super) struct Planner {
     has_asked: bool,
     /// Did a block fail in this round?
     failed: bool,
+    /// Runs of zeros since something else was done.
+    zeros: u32,
 }
 
 impl Planner {
@@ -73,10 +79,29 @@ impl Planner {
             behind_zeros: false,
             has_asked: false,
             failed: false,
+            zeros: 0,
         }
     }
 
     pub(super) fn next(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Next {
+        if self.zeros < ZEROS_IN_TURN
+            && let Some(run) = self.next_zeros(maps, inflight)
+        {
+            self.zeros += 1;
+            return Next::Zero(run);
+        }
+        self.zeros = 0;
+        match self.next_in_turn(maps, inflight, max_fetch) {
+            Next::Wait => self.next_zeros(maps, inflight).map_or(Next::Wait, Next::Zero),
+            next => next,
+        }
+    }
+
+    fn next_zeros(&mut self, maps: &Maps, inflight: &Inflight) -> Option<BlockRun> {
+        self.survey.as_mut()?.next_zeros(maps, inflight)
+    }
+
+    fn next_in_turn(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Next {
         let zeros = |run: BlockRun| self.survey.as_ref().and_then(|survey| survey.zeros_in(run.start, run.end));
         if let Some(run) = self.hot.next(maps, inflight, max_fetch, zeros) {
             return Next::Fetch(run);
@@ -186,8 +211,37 @@ mod tests {
         assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(0, 4)));
         assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(4, 8)));
         planner.answer(g, g.all(), &[extent(4096 * 10, false), extent(4096 * 10, true)]);
-        assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(8, 10)));
         assert_eq!(planner.next(&maps, &none, max), Next::Zero(BlockRun::new(10, 20)));
+        assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(8, 10)));
+    }
+
+    #[test]
+    fn zeros_come_first_wherever_they_are_and_not_all_at_once() {
+        let g = Geometry::new(400 * 4096, 4096).unwrap();
+        let (maps, max) = (Maps::in_memory(g), g.blocks_in(4096 * 400));
+        let mut inflight = Inflight::default();
+        let mut planner = Planner::new(Some(Questions::AHEAD), true);
+        assert_eq!(planner.next(&maps, &inflight, max), Next::Query(g.all()));
+        // A block of data, three of zeros, a hundred times over.
+        let extents: Vec<_> = (0..200).map(|at| extent(4096 * [1, 3][at % 2], at % 2 == 1)).collect();
+        planner.answer(g, g.all(), &extents);
+        maps.mark_present(BlockRun::new(1, 3));
+        inflight.give(BlockRun::new(6, 7), super::super::inflight::Owner::Wire(super::super::FetchId(1)));
+        let mut next = || {
+            let next = planner.next(&maps, &inflight, max);
+            if let Next::Zero(run) | Next::Fetch(run) = next {
+                maps.mark_present(run);
+            }
+            next
+        };
+        let zero = |start, end| Next::Zero(BlockRun::new(start, end));
+        assert_eq!([next(), next(), next(), next()], [zero(3, 4), zero(5, 6), zero(7, 8), zero(9, 12)]);
+        let others = (4..ZEROS_IN_TURN).map(|_| next()).all(|step| matches!(step, Next::Zero(_)));
+        assert!(others);
+        assert_eq!(next(), Next::Fetch(BlockRun::new(0, 1)), "a link must not run dry");
+        let rest = (0..ZEROS_IN_TURN).map(|_| next()).all(|step| matches!(step, Next::Zero(_)));
+        assert!(rest);
+        assert_eq!(next(), Next::Fetch(BlockRun::new(4, 5)));
     }
 
     #[test]
@@ -209,24 +263,24 @@ mod tests {
 
     #[test]
     fn what_is_hot_comes_first() {
-        let g = Geometry::new(40 * 4096, 4096).unwrap();
+        let g = Geometry::new(100 * 4096, 4096).unwrap();
         let (maps, max) = (Maps::in_memory(g), g.blocks_in(4096 * 4));
         let mut inflight = Inflight::default();
         let mut planner = Planner::new(None, true);
         let hot = |start: u64, end: u64| ByteRange { start: start * 4096, end: end * 4096 };
-        planner.prefer(g, &[hot(10, 16), hot(30, 33), hot(39, 60)]);
+        planner.prefer(g, &[hot(10, 16), hot(40, 43), hot(99, 120)]);
         maps.mark_present(BlockRun::new(10, 11));
-        inflight.give(BlockRun::new(31, 32), super::super::inflight::Owner::Wire(super::super::FetchId(1)));
+        inflight.give(BlockRun::new(41, 42), super::super::inflight::Owner::Wire(super::super::FetchId(1)));
         let next: Vec<Next> = (0..6).map(|_| planner.next(&maps, &inflight, max)).collect();
         let fetch = |start, end| Next::Fetch(BlockRun::new(start, end));
-        assert_eq!(next, [fetch(39, 40), fetch(30, 31), fetch(32, 33), fetch(11, 15), fetch(15, 16), fetch(0, 4)]);
+        assert_eq!(next, [fetch(99, 100), fetch(40, 41), fetch(42, 43), fetch(11, 15), fetch(15, 16), fetch(0, 4)]);
         // What is known to be zeros is not asked for.
         planner = Planner::new(Some(Questions::AHEAD), true);
         assert_eq!(planner.next(&maps, &inflight, max), Next::Query(g.all()));
-        planner.answer(g, g.all(), &[extent(34 * 4096, false), extent(2 * 4096, true), extent(4 * 4096, false)]);
+        planner.answer(g, g.all(), &[extent(34 * 4096, false), extent(2 * 4096, true), extent(64 * 4096, false)]);
         planner.prefer(g, &[hot(32, 38)]);
-        let next: Vec<Next> = (0..3).map(|_| planner.next(&maps, &inflight, max)).collect();
-        assert_eq!(next, [fetch(32, 34), fetch(36, 38), fetch(0, 4)]);
+        let next: Vec<Next> = (0..4).map(|_| planner.next(&maps, &inflight, max)).collect();
+        assert_eq!(next, [Next::Zero(BlockRun::new(34, 36)), fetch(32, 34), fetch(36, 38), fetch(0, 4)]);
         // Where zeros cross as data they are not fetched before it is known that they are none.
         let mut careful = Planner::new(Some(Questions::AHEAD), false);
         careful.prefer(g, &[hot(10, 16)]);

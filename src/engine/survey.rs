@@ -14,6 +14,7 @@
 use std::collections::BTreeMap;
 
 use super::geometry::{BlockRun, ByteRange, Geometry};
+use super::inflight::Inflight;
 use super::maps::Maps;
 
 /// Runs that are remembered: 2 MiB of them.
@@ -75,12 +76,22 @@ pub(super) struct Survey {
     asked: BTreeMap<u64, u64>,
     /// All before it is told, asked or present.
     ask_from: u64,
+    /// All zeros before it that were told have been handed out.
+    zeros_from: u64,
 }
 
 impl Survey {
     pub(super) fn new(questions: Questions) -> Self {
         let allowed = FIRST_QUESTIONS.min(questions.at_once);
-        Self { questions, allowed, told: BTreeMap::new(), told_data: 0, asked: BTreeMap::new(), ask_from: 0 }
+        Self {
+            questions,
+            allowed,
+            told: BTreeMap::new(),
+            told_data: 0,
+            asked: BTreeMap::new(),
+            ask_from: 0,
+            zeros_from: 0,
+        }
     }
 
     /// The next question, if it is time for one: `cursor` is what is to be fetched next, an absent block.
@@ -107,6 +118,7 @@ impl Survey {
         let was_asked = self.asked.remove(&asked.start);
         debug_assert_eq!(was_asked, Some(asked.end), "an answer to a question that was not asked");
         self.allowed = self.questions.at_once.min(self.allowed * 2);
+        self.zeros_from = self.zeros_from.min(asked.start);
         let mut runs = to_blocks(geometry, asked, extents);
         runs.truncate(MAX_TOLD);
         if runs.is_empty() {
@@ -149,11 +161,30 @@ impl Survey {
         runs.next().map(|(&start, &(end, _))| BlockRun::new(start, end))
     }
 
+    /// The next zeros that were told of, wherever the cursor is, of which nothing is here or on its way.
+    pub(super) fn next_zeros(&mut self, maps: &Maps, inflight: &Inflight) -> Option<BlockRun> {
+        while let Some(zeros) = self.zeros_in(self.zeros_from, u64::MAX) {
+            let absent = maps.next_absent(zeros.start.max(self.zeros_from)).filter(|&start| start < zeros.end);
+            let Some(start) = absent else {
+                self.zeros_from = zeros.end;
+                continue;
+            };
+            let (owner, until) = inflight.look(start);
+            let run = BlockRun::new(start, maps.absent_until(start, until.min(zeros.end)));
+            self.zeros_from = run.end;
+            if owner.is_none() {
+                return Some(run);
+            }
+        }
+        None
+    }
+
     /// A new round begins at the front: what is asked and answered from now on is about what is left.
     pub(super) fn start_over(&mut self) {
         self.told.clear();
         self.told_data = 0;
         self.ask_from = 0;
+        self.zeros_from = 0;
     }
 
     /// What lies behind the cursor is of no use any more.

@@ -38,6 +38,8 @@ const MAX_DIALS_A_MINUTE: usize = 3 * (7 + 12) + 2;
 const MIN_SILENCE: Duration = Duration::from_secs(2);
 /// A connection is not doubted before that.
 const MIN_DOUBT: Duration = Duration::from_secs(1);
+/// A connection on which less comes in that time may be taken for one that says nothing: two pieces of an answer.
+const SPEAKS_BYTES: usize = 16 << 10;
 /// What is promised beyond T, and what disks and a commit may take.
 const GRACE: Duration = Duration::from_millis(1000 + 1000);
 
@@ -147,8 +149,8 @@ pub struct Judge {
     policies: RefCell<Vec<(Duration, OnLoss)>>,
     /// When the device heard anything.
     heard: Cell<Duration>,
-    /// The same of each connection, or when it was dialled. (What is asked on one that is dead, nobody sees.)
-    heard_on: RefCell<BTreeMap<ConnectionId, Duration>>,
+    /// What came on each connection within [`MIN_DOUBT`]: when, and bytes. (What is asked on one that is dead, nobody sees.)
+    heard_on: RefCell<BTreeMap<ConnectionId, VecDeque<(Duration, usize)>>>,
     /// When it had an answer, and the times without one that were more than a moment: their ends and lengths.
     answered: Cell<Duration>,
     silences: RefCell<Vec<(Duration, Duration)>>,
@@ -237,7 +239,7 @@ impl Judge {
         let now = self.now();
         self.count(|stats| stats.dials += 1);
         self.note(|| format!("{id:?} is dialled: {connecting:?}"));
-        self.heard_on.borrow_mut().insert(id, now);
+        self.heard_on.borrow_mut().insert(id, VecDeque::from([(now, SPEAKS_BYTES)]));
         let mut dials = self.dials.borrow_mut();
         dials.push_back(now);
         while dials.front().is_some_and(|first| now - *first > Duration::from_secs(60)) {
@@ -308,9 +310,14 @@ impl Judge {
         self.pauses.set(pauses);
     }
 
-    pub fn heard_bytes(&self, id: ConnectionId) {
+    pub fn heard_bytes(&self, id: ConnectionId, bytes: usize) {
         self.heard.set(self.now());
-        self.heard_on.borrow_mut().insert(id, self.now());
+        let mut heard_on = self.heard_on.borrow_mut();
+        let heard = heard_on.entry(id).or_default();
+        heard.push_back((self.now(), bytes));
+        while heard.front().is_some_and(|(when, _)| self.now() - *when >= MIN_DOUBT) {
+            heard.pop_front();
+        }
     }
 
     pub fn flipped(&self) {
@@ -355,12 +362,11 @@ impl Judge {
     fn probed(&self, id: ConnectionId) {
         self.count(|stats| stats.probes += 1);
         self.probed_on.borrow_mut().insert(id);
-        let longest = self.heard_on.borrow().values().map(|heard| self.now() - *heard).max();
-        if longest.unwrap_or_default() < MIN_DOUBT {
-            self.broken(
-                "doubt",
-                format!("{id:?} is asked for a part of a block, and the longest silence is {longest:?}"),
-            );
+        let now = self.now();
+        let lately = |(when, bytes): &(Duration, usize)| if now - *when < MIN_DOUBT { *bytes } else { 0 };
+        let heard_on = self.heard_on.borrow();
+        if heard_on.values().all(|heard| heard.iter().map(lately).sum::<usize>() >= SPEAKS_BYTES) {
+            self.broken("doubt", format!("{id:?} is asked for a part of a block, and every connection speaks"));
         }
     }
 

@@ -148,7 +148,7 @@ impl Surroundings for Weather {
         if !by_client {
             return;
         }
-        self.judge.heard_bytes(id);
+        self.judge.heard_bytes(id, bytes.len());
         if let Some(wires) = self.wires.borrow_mut().get_mut(&id) {
             wires.to_client.pass(bytes, |said| self.judge.heard_answer(id, said), |_| ());
         }
