@@ -4,7 +4,8 @@
 //! on. To wait until silence has lasted too long would make readers wait, or fail, beside a source that is well; to close
 //! a silent connection early would never let a slow source answer. So when half of that time is over, the source is asked
 //! on a new connection for a little of what is awaited on the silent one. If that is answered first, the silent one is
-//! given up and the new one takes its place.
+//! given up and the new one takes its place. Only of reads: a step of a handoff or a question may take long at a source that
+//! reads well.
 
 use std::rc::Rc;
 use std::time::Instant;
@@ -48,10 +49,10 @@ pub(super) async fn doubt(shared: Rc<Shared>) {
     }
 }
 
-/// The connection whose silence has lasted longest, if that is for half of what is too long.
+/// The connection whose silence has lasted longest of those that owe data, if that is for half of what is too long.
 fn longest_silent(shared: &Shared) -> Option<(Link, Instant)> {
     let slots = shared.slots.borrow();
-    let alive = slots.iter().flatten().filter(|link| link.is_alive());
+    let alive = slots.iter().flatten().filter(|link| link.is_alive() && link.awaited_read().is_some());
     let silent = alive.filter_map(|link| Some((link.clone(), link.silent_since()?)));
     let (link, since) = silent.min_by_key(|(_, since)| *since)?;
     (now().duration_since(since) > shared.longest_silence() / 2).then_some((link, since))
@@ -72,7 +73,8 @@ async fn probe(shared: &Shared, silent: &Link, since: Instant) -> Result<Candida
     if silent.silent_since() != Some(since) {
         return Err("the silent one has spoken".into());
     }
-    let start = silent.awaited_read().map_or(0, |range| range.start / unit * unit);
+    let awaited = silent.awaited_read().ok_or("it owes no data any more")?;
+    let start = awaited.start / unit * unit;
     match link.read(ByteRange { start, end: (start + unit).min(shared.size_bytes) }).await {
         // A block that cannot be read is an answer, too.
         Ok(_) | Err(LinkError::Refused(_)) => Ok(proven),

@@ -105,6 +105,8 @@ struct Inner {
     pending: RefCell<HashMap<u64, Pending>>,
     /// An answer is coming in; its request is not among those that wait any more.
     receiving: Cell<bool>,
+    /// What it asks for, if it is a read.
+    incoming: Cell<Option<ByteRange>>,
     next_cookie: Cell<u64>,
     answers: Cell<u64>,
     alive: Cell<bool>,
@@ -128,6 +130,7 @@ impl Link {
             requests: Mailbox::default(),
             pending: RefCell::default(),
             receiving: Cell::new(false),
+            incoming: Cell::default(),
             next_cookie: Cell::new(1),
             answers: Cell::new(0),
             alive: Cell::new(true),
@@ -184,8 +187,11 @@ impl Link {
         self.silent_since().unwrap_or(self.heard()) <= since + WATCH_PERIOD
     }
 
-    /// The read that has waited for its answer longest.
+    /// The read whose answer is coming in, or that has waited for it longest.
     pub(super) fn awaited_read(&self) -> Option<ByteRange> {
+        if let Some(range) = self.inner.incoming.get() {
+            return Some(range);
+        }
         let pending = self.inner.pending.borrow();
         let reads = pending.iter().filter_map(|(cookie, pending)| match &pending.waiting {
             Waiting::Read { read, .. } => Some((cookie, read.range())),

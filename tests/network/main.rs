@@ -16,6 +16,7 @@
 //!               hours.rs memory.rs                           a day of one device: nothing grows
 //!               windows.rs                                   what is under way is bounded
 //!               strides.rs                                   what is asked for ahead is worth it
+//!               doubt.rs                                     who is slow is not taken for dead
 //! ```
 //!
 //! What it is not about: power cuts and failing disks (`model`), payload that is changed on the way (neither NBD nor
@@ -33,6 +34,7 @@
 mod case;
 #[path = "../common/check.rs"]
 mod check;
+mod doubt;
 mod explain;
 mod guest;
 #[path = "../common/history.rs"]

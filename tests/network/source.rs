@@ -27,6 +27,8 @@ pub struct Mood {
     pub bad: Cell<Option<(u64, u64)>>,
     /// Reads take so much longer.
     pub dawdles: Cell<Duration>,
+    /// Questions about holes take so much longer.
+    pub ponders: Cell<Duration>,
 }
 
 struct MemoryDisk {
@@ -75,6 +77,10 @@ impl Disk for MemoryDisk {
     }
 
     async fn extents(&self, range: ByteRange, max: usize) -> Result<Vec<DiskExtent>, NbdError> {
+        // Seeds mean what they meant before it could.
+        if !self.mood.ponders.get().is_zero() {
+            sleep(self.mood.ponders.get()).await;
+        }
         let mut extents: Vec<DiskExtent> = Vec::new();
         let mut at = range.start;
         while at < range.end {

@@ -25,6 +25,7 @@ impl Link {
             let result = self.receive_reply(&mut reader).await;
             self.inner.stats.add_received(reader.take_received_bytes());
             self.inner.receiving.set(false);
+            self.inner.incoming.set(None);
             // The end of a connection says nothing; a reply that ends it does.
             if !matches!(result, Err(LinkFailure::Io(_) | LinkFailure::Closed)) {
                 self.inner.last_heard.set(now());
@@ -50,6 +51,9 @@ impl Link {
         let cookie = self.misdirected(cookie);
         let taken = self.inner.pending.borrow_mut().remove(&cookie);
         let mut pending = taken.ok_or(LinkFailure::UnknownCookie(cookie))?;
+        if let Waiting::Read { read, .. } = &pending.waiting {
+            self.inner.incoming.set(Some(read.range()));
+        }
         match header {
             ReplyHeader::Simple { error, .. } => {
                 pending.error = error;
