@@ -38,8 +38,9 @@ const MAX_DIALS_A_MINUTE: usize = 3 * (7 + 12) + 2;
 const MIN_SILENCE: Duration = Duration::from_secs(2);
 /// A connection is not doubted before that.
 const MIN_DOUBT: Duration = Duration::from_secs(1);
-/// A connection on which less comes in that time may be taken for one that says nothing: two pieces of an answer.
-const SPEAKS_BYTES: usize = 16 << 10;
+/// A connection on which less comes in that time may be taken for one that says nothing: a piece of an answer, on a link that
+/// was fast a moment ago.
+const SPEAKS_BYTES: usize = 256 << 10;
 /// What is promised beyond T, and what disks and a commit may take.
 const GRACE: Duration = Duration::from_millis(1000 + 1000);
 
