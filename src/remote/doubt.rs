@@ -16,7 +16,7 @@ use futures_util::future::{Either, select};
 use super::WATCH_PERIOD;
 use super::keep::{Candidate, reconnect};
 use super::link::{Link, LinkError};
-use super::shared::Shared;
+use super::shared::{Shared, alive};
 use crate::engine::ByteRange;
 use crate::uring::{now, sleep};
 
@@ -52,8 +52,8 @@ pub(super) async fn doubt(shared: Rc<Shared>) {
 /// The connection whose silence has lasted longest of those that owe data, if that is for half of what is too long.
 fn longest_silent(shared: &Shared) -> Option<(Link, Instant)> {
     let slots = shared.slots.borrow();
-    let alive = slots.iter().flatten().filter(|link| link.is_alive() && link.awaited_read().is_some());
-    let silent = alive.filter_map(|link| Some((link.clone(), link.silent_since()?)));
+    let owing = alive(&slots).filter(|link| link.awaited_read().is_some());
+    let silent = owing.filter_map(|link| Some((link.clone(), link.silent_since()?)));
     let (link, since) = silent.min_by_key(|(_, since)| *since)?;
     (now().duration_since(since) > shared.longest_silence() / 2).then_some((link, since))
 }

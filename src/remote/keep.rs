@@ -10,7 +10,7 @@ use super::dial::{Spare, dial};
 use super::link::{Link, LinkError};
 #[cfg(feature = "planted-faults")]
 use super::planted::{PlantedFault, is_planted};
-use super::shared::{Expect, Shared};
+use super::shared::{Expect, Shared, alive};
 use super::{BACKOFF, CONNECT_TIMEOUT, SHORT_LIFE, WATCH_PERIOD};
 use crate::engine::ByteRange;
 use crate::identity::{IdentityHasher, sample_ranges};
@@ -181,7 +181,7 @@ pub(super) async fn watch(shared: Rc<Shared>) {
         }
         shared.listen();
         let slots = shared.slots.borrow();
-        let alive = || slots.iter().flatten().filter(|link| link.is_alive());
+        let alive = || alive(&slots);
         let too_long = |since: &Instant| now().duration_since(*since) > silence;
         // On one connection, or on all of them together: requests of one that broke are with another.
         let of_one = alive().filter_map(Link::silent_since).filter(too_long).min();

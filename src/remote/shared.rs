@@ -88,10 +88,15 @@ pub(super) struct Shared {
     pub(super) hung_up: Cell<bool>,
 }
 
+/// Those of some slots that are filled and whose link lives.
+pub(super) fn alive(slots: &[Option<Link>]) -> impl Iterator<Item = &Link> {
+    slots.iter().flatten().filter(|link| link.is_alive())
+}
+
 impl Shared {
     pub(super) fn set(&self, slot: usize, link: Option<Link>) {
         self.slots.borrow_mut()[slot] = link;
-        let up = self.slots.borrow().iter().flatten().filter(|link| link.is_alive()).count();
+        let up = alive(&self.slots.borrow()).count();
         self.stats.set_links(up);
         if up > 0 {
             self.link_up.notify(usize::MAX);
@@ -114,8 +119,7 @@ impl Shared {
     /// Gives up what has been silent since then, for a connection that is not.
     pub(super) fn replace_silent(&self, proven: Link, since: Instant) {
         let slots = self.slots.borrow();
-        let silent: Vec<&Link> =
-            slots.iter().flatten().filter(|link| link.is_alive() && link.is_no_better(since)).collect();
+        let silent: Vec<&Link> = alive(&slots).filter(|link| link.is_no_better(since)).collect();
         // Whose end is noticed first makes room for it.
         match silent.is_empty() {
             true => proven.close(),
@@ -177,9 +181,7 @@ impl Shared {
             Lane::Bulk => (bulk, demand),
         };
         let own_link_may_come = demand.len() < slots.len() && !self.bulk_refused.get();
-        let best = |slots: &[Option<Link>]| {
-            slots.iter().flatten().filter(|link| link.is_alive()).min_by_key(|link| link.load()).cloned()
-        };
+        let best = |slots: &[Option<Link>]| alive(slots).min_by_key(|link| link.load()).cloned();
         match best(first) {
             None if lane == Lane::Bulk && own_link_may_come => None,
             None => best(second),

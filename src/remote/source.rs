@@ -17,7 +17,7 @@ use super::link::{Asked, Link, LinkError};
 use super::planted::{PlantedFault, is_planted};
 use super::policy::LossPolicy;
 use super::read::FetchedData;
-use super::shared::{Expect, Patience, Shared, SourceEvents};
+use super::shared::{Expect, Patience, Shared, SourceEvents, alive};
 use super::silence::Silence;
 use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent, FetchError, Lane};
@@ -135,7 +135,7 @@ impl Source {
     /// Waits until no link is left. For those who do not have links kept up.
     pub async fn gone(&self) {
         loop {
-            let alive = self.shared.slots.borrow().iter().flatten().find(|link| link.is_alive()).cloned();
+            let alive = alive(&self.shared.slots.borrow()).next().cloned();
             match alive {
                 Some(link) => link.dead().await,
                 None => return,

@@ -120,6 +120,17 @@ impl Plan {
 }
 
 impl Rig {
+    /// Runs the world until `main` is over, and takes it apart: for a test of one thing, in which no rule is broken.
+    pub fn live<T: 'static>(&self, main: impl Future<Output = T> + 'static) -> T {
+        let mut end = None;
+        let result = without_panic(|| {
+            end = Some(self.world.block_on(main).expect("time goes on"));
+            Ok(())
+        });
+        self.close(result).checked.unwrap();
+        end.expect("it came to its end")
+    }
+
     /// Takes the world apart and says how it went.
     pub fn close(&self, result: Checked) -> Outcome {
         let torn_down = without_panic(|| {

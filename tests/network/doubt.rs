@@ -10,7 +10,6 @@ use blkferry::uring::sleep;
 
 use crate::case::Rig;
 use crate::judge::Stats;
-use crate::search::without_panic;
 use crate::setup::Setup;
 
 /// A device with `fail-after:6s`, so that it doubts after 3 s, whose guest reads a block after 1 s; what had happened 20 s
@@ -25,20 +24,14 @@ fn live(mode: Mode, prepare: impl FnOnce(&Rig)) -> Stats {
     let rig = Rc::new(Rig::new(setup, false));
     prepare(&rig);
     let main = rig.clone();
-    let result = without_panic(|| {
-        let done = rig.world.block_on(async move {
-            main.begin().await;
-            sleep(Duration::from_secs(1)).await;
-            let (device, process) = (main.machine.device().unwrap(), main.machine.process().unwrap());
-            assert_eq!(main.guests.read(device, process, ByteRange::new(1 << 20, 4096)).await, Some(Ok(())));
-            sleep(Duration::from_secs(20)).await;
-        });
-        done.expect("time goes on");
-        Ok(())
-    });
-    let stats = rig.judge.stats.get();
-    rig.close(result).checked.unwrap();
-    stats
+    rig.live(async move {
+        main.begin().await;
+        sleep(Duration::from_secs(1)).await;
+        let (device, process) = (main.machine.device().unwrap(), main.machine.process().unwrap());
+        assert_eq!(main.guests.read(device, process, ByteRange::new(1 << 20, 4096)).await, Some(Ok(())));
+        sleep(Duration::from_secs(20)).await;
+        main.judge.stats.get()
+    })
 }
 
 #[test]

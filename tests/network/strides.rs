@@ -8,7 +8,6 @@ use blkferry::engine::ByteRange;
 use blkferry::remote::OnLoss;
 
 use crate::case::Rig;
-use crate::search::without_panic;
 use crate::setup::Setup;
 
 const MIB: u64 = 1 << 20;
@@ -28,23 +27,16 @@ fn time_of(offsets: Vec<u64>) -> Duration {
     let rig = Rc::new(Rig::new(setup, false));
     rig.weather.rate.set(2 * MIB);
     let main = rig.clone();
-    let mut took = Duration::ZERO;
-    let result = without_panic(|| {
-        let done = rig.world.block_on(async move {
-            main.begin().await;
-            let (device, process) = (main.machine.device().unwrap(), main.machine.process().unwrap());
-            let began = main.judge.now();
-            for offset in offsets {
-                let range = ByteRange::new(offset, 4096);
-                assert_eq!(main.guests.read(device.clone(), process, range).await, Some(Ok(())));
-            }
-            main.judge.now() - began
-        });
-        took = done.expect("time goes on");
-        Ok(())
-    });
-    rig.close(result).checked.unwrap();
-    took
+    rig.live(async move {
+        main.begin().await;
+        let (device, process) = (main.machine.device().unwrap(), main.machine.process().unwrap());
+        let began = main.judge.now();
+        for offset in offsets {
+            let range = ByteRange::new(offset, 4096);
+            assert_eq!(main.guests.read(device.clone(), process, range).await, Some(Ok(())));
+        }
+        main.judge.now() - began
+    })
 }
 
 #[test]

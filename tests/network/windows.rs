@@ -6,7 +6,6 @@ use blkferry::device::Mode;
 use blkferry::remote::OnLoss;
 
 use crate::case::Rig;
-use crate::search::without_panic;
 use crate::setup::Setup;
 
 const MIB: u64 = 1 << 20;
@@ -22,17 +21,11 @@ fn most_asked(single: bool) -> u64 {
     let rig = Rc::new(Rig::new(setup, false));
     rig.weather.rate.set(MIB);
     let main = rig.clone();
-    let result = without_panic(|| {
-        let done = rig.world.block_on(async move {
-            main.begin().await;
-            main.all_comes().await;
-        });
-        done.expect("time goes on");
-        Ok(())
-    });
-    let most = rig.judge.most_asked.get();
-    rig.close(result).checked.unwrap();
-    most
+    rig.live(async move {
+        main.begin().await;
+        main.all_comes().await;
+        main.judge.most_asked.get()
+    })
 }
 
 #[test]
