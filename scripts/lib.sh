@@ -33,7 +33,7 @@ missing_packages() {
 apt() { DEBIAN_FRONTEND=noninteractive apt-get -qy -o DPkg::Lock::Timeout=300 "$@" >&2; }
 
 # Makes sure that Debian packages are there. As root it installs what is
-# missing; without, it prints the command and fails.
+# missing; without, it prints the command and fails. Nothing is ever removed.
 need_packages() {
     local missing
     command -v dpkg-query >/dev/null || die "needs Debian or one of its children, for the packages: $*"
@@ -41,14 +41,27 @@ need_packages() {
     [[ ${#missing[@]} -gt 0 ]] || return 0
     [[ $EUID -eq 0 ]] || die "missing packages; as root: apt-get update && apt-get install ${missing[*]}"
     say "installing ${missing[*]}"
-    # Lists that were never fetched, or that name versions which are gone.
-    apt install --no-install-recommends "${missing[@]}" 2>/dev/null || {
+    # The lists were never fetched, or name versions that are gone; or a version from elsewhere is in the way.
+    apt install --no-remove --no-install-recommends "${missing[@]}" 2>/dev/null || {
         apt update
-        apt install --no-install-recommends "${missing[@]}"
-    }
+        apt install --no-remove --no-install-recommends "${missing[@]}"
+    } || install_beside "${missing[@]}"
     mapfile -t missing < <(missing_packages "$@")
     [[ ${#missing[@]} -eq 0 ]] || die "installed, yet not there: ${missing[*]}"
 }
+
+# Installs packages that cannot be beside others as these are now: those come
+# from elsewhere (backports), and get the version of this release instead.
+install_beside() {
+    local release removed
+    release=$(sed -n 's/^VERSION_CODENAME=//p' /etc/os-release)
+    mapfile -t removed < <(apt_would_remove "$@")
+    [[ -n $release && ${#removed[@]} -gt 0 ]] || die "apt cannot install $*: see above"
+    say "in the way are versions of ${removed[*]} that are not $release's: these are replaced by $release's"
+    apt install --no-remove --allow-downgrades --no-install-recommends "$@" "${removed[@]/%//$release}"
+}
+
+apt_would_remove() { apt-get -s install --no-install-recommends "$@" 2>/dev/null | awk '$1 == "Remv" { print $2 }'; }
 
 # need_space DIRECTORY MIB: fails if the file system there has less.
 need_space() {
