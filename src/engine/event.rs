@@ -37,6 +37,15 @@ impl From<&std::io::Error> for Errno {
     }
 }
 
+/// What a source has in memory, in ranges of the device. None is in both lists.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HotRanges {
+    /// What its machine used there.
+    pub used: Vec<ByteRange>,
+    /// What may only have been read ahead, or nobody knows.
+    pub in_memory: Vec<ByteRange>,
+}
+
 /// Why the data of a fetch does not come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FetchError {
@@ -163,8 +172,8 @@ pub enum Event {
     },
     /// What the source used last: to be fetched before the rest. A hint, and bounded.
     Hot {
-        /// Ranges of the device.
-        ranges: Vec<ByteRange>,
+        /// As far as it is told.
+        ranges: HotRanges,
     },
     /// The commit that runs has ended. An error stops the device for good.
     Committed {

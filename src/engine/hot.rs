@@ -4,7 +4,9 @@
 //! and would wait for a few blocks in the middle of what is here.
 //!
 //! The shortest stretches come first: each one makes the guest wait for about one round trip, however long it is, and a
-//! hundred short ones, a file system's metadata and small files, are but a few mebibytes. Where the guest misses a block it
+//! hundred short ones, a file system's metadata and small files, are but a few mebibytes. What was used comes before what
+//! is merely in memory: that may only have been read ahead, and on a slow link it would stand in the way. Where the guest
+//! misses a block it
 //! is about to use what lies around it. If that is a short stretch (a file, as far as it was read, the pages of a program
 //! that were touched) it is fetched at once. A long one says no more than that much is in memory there: it comes next from
 //! there on, to its end or until the guest goes elsewhere, if the guest missed another block near it just before. Who reads
@@ -13,6 +15,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
 
+use super::event::HotRanges;
 use super::geometry::{BlockRun, ByteRange, Geometry};
 use super::inflight::Inflight;
 use super::maps::Maps;
@@ -28,8 +31,22 @@ const GAP_BYTES: u64 = 64 << 10;
 #[derive(Clone, Copy, Debug)]
 struct Stretch {
     left: BlockRun,
+    /// Where it stands among the others.
+    rank: Rank,
+}
+
+/// The smaller comes first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Rank {
+    heat: Heat,
     /// Length of all of it, in blocks: a part of a long one says no more than the whole.
     told: u64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Heat {
+    Used,
+    InMemory,
 }
 
 /// What is left.
@@ -37,8 +54,8 @@ struct Stretch {
 pub(super) struct Hot {
     /// By start; none overlaps another.
     runs: BTreeMap<u64, Stretch>,
-    /// The same by length as told, and start.
-    by_length: BTreeSet<(u64, u64)>,
+    /// The same by rank, and start.
+    by_rank: BTreeSet<(Rank, u64)>,
     /// Where the guest is: the start of a run, unless that is gone.
     guest: Option<u64>,
     /// What it missed last in a long stretch.
@@ -47,36 +64,39 @@ pub(super) struct Hot {
 
 impl Hot {
     /// Takes ranges; blocks that are here already or on their way are left out later.
-    pub(super) fn add(&mut self, geometry: Geometry, ranges: &[ByteRange]) {
+    pub(super) fn add(&mut self, geometry: Geometry, ranges: &HotRanges) {
+        self.add_ranges(geometry, &ranges.used, Heat::Used);
+        self.add_ranges(geometry, &ranges.in_memory, Heat::InMemory);
+    }
+
+    fn add_ranges(&mut self, geometry: Geometry, ranges: &[ByteRange], heat: Heat) {
         let runs = ranges.iter().map(|range| geometry.covering(*range).clip(geometry.all()));
-        runs.clone().for_each(|run| self.add_run(run));
+        runs.clone().for_each(|run| self.add_run(run, heat));
         for (before, after) in runs.clone().zip(runs.skip(1)) {
             if before.end < after.start && after.start - before.end <= geometry.blocks_in(GAP_BYTES).get() {
-                self.add_run(BlockRun::new(before.end, after.start));
+                self.add_run(BlockRun::new(before.end, after.start), heat);
             }
         }
     }
 
-    fn add_run(&mut self, mut run: BlockRun) {
-        if self.runs.len() >= MAX_RUNS {
-            return;
+    /// What is there already keeps its rank.
+    fn add_run(&mut self, run: BlockRun, heat: Heat) {
+        let before = self.runs.range(..=run.start).next_back();
+        let mut start = before.map_or(run.start, |(_, before)| run.start.max(before.left.end));
+        while start < run.end && self.runs.len() < MAX_RUNS {
+            let next = self.runs.range(start..run.end).next().map(|(_, next)| next.left);
+            let left = BlockRun::new(start, next.map_or(run.end, |next| next.start));
+            self.insert(Stretch { left, rank: Rank { heat, told: left.len() } });
+            start = next.map_or(run.end, |next| next.end);
         }
-        if let Some((_, before)) = self.runs.range(..=run.start).next_back() {
-            run = BlockRun::new(run.start.max(before.left.end), run.end);
-        }
-        while let Some((_, &other)) = self.runs.range(run.start..run.end).next() {
-            self.remove(other);
-            run.end = run.end.max(other.left.end);
-        }
-        self.insert(Stretch { left: run, told: run.len() });
     }
 
     /// The guest has missed these blocks. What is hot goes on from there; those around it, if it is about to use them.
     pub(super) fn missed(&mut self, geometry: Geometry, run: BlockRun) -> Option<BlockRun> {
         let (_, &around) = self.runs.range(..run.end).next_back().filter(|(_, around)| around.left.end > run.start)?;
-        let Stretch { left, told } = around;
+        let Stretch { left, rank } = around;
         let together = geometry.blocks_in(TOGETHER_BYTES).get();
-        if told <= together {
+        if rank.told <= together {
             return Some(left);
         }
         let before = self.missed.replace(run.start);
@@ -86,8 +106,8 @@ impl Hot {
         self.guest = Some(left.start.max(run.start));
         if left.start < run.start && self.runs.len() < MAX_RUNS {
             self.remove(around);
-            self.insert(Stretch { left: BlockRun::new(left.start, run.start), told });
-            self.insert(Stretch { left: BlockRun::new(run.start, left.end), told });
+            self.insert(Stretch { left: BlockRun::new(left.start, run.start), rank });
+            self.insert(Stretch { left: BlockRun::new(run.start, left.end), rank });
         }
         None
     }
@@ -125,7 +145,7 @@ impl Hot {
                     }
                 }
             }
-            self.insert(Stretch { left: BlockRun::new(start, end), told: stretch.told });
+            self.insert(Stretch { left: BlockRun::new(start, end), rank: stretch.rank });
             if is_guests {
                 self.guest = Some(start);
             }
@@ -136,22 +156,22 @@ impl Hot {
         None
     }
 
-    /// Where the guest is, or the shortest one.
+    /// Where the guest is, or the first by rank.
     fn first(&self) -> Option<Stretch> {
         let guests = self.guest.and_then(|start| self.runs.get(&start));
-        guests.or_else(|| self.by_length.first().map(|(_, start)| &self.runs[start])).copied()
+        guests.or_else(|| self.by_rank.first().map(|(_, start)| &self.runs[start])).copied()
     }
 
     fn insert(&mut self, stretch: Stretch) {
         if !stretch.left.is_empty() {
             self.runs.insert(stretch.left.start, stretch);
-            self.by_length.insert((stretch.told, stretch.left.start));
+            self.by_rank.insert((stretch.rank, stretch.left.start));
         }
     }
 
     fn remove(&mut self, stretch: Stretch) {
         self.runs.remove(&stretch.left.start);
-        self.by_length.remove(&(stretch.told, stretch.left.start));
+        self.by_rank.remove(&(stretch.rank, stretch.left.start));
     }
 }
 
@@ -167,24 +187,28 @@ mod tests {
         (geometry, Maps::in_memory(geometry))
     }
 
+    fn in_memory(ranges: &[ByteRange]) -> HotRanges {
+        HotRanges { in_memory: ranges.into(), ..HotRanges::default() }
+    }
+
     fn bytes(start: u64, end: u64) -> ByteRange {
         ByteRange { start: start * 4096, end: end * 4096 }
     }
 
     #[test]
-    fn overlaps_are_one_and_what_is_here_or_on_its_way_is_left_out() {
+    fn what_overlaps_is_taken_once_and_what_is_here_or_on_its_way_is_left_out() {
         let (geometry, maps) = disk();
         let mut hot = Hot::default();
         hot.add(
             geometry,
-            &[bytes(30, 33), bytes(10, 16), bytes(12, 14), bytes(15, 17), bytes(999, 2000), bytes(29, 31)],
+            &in_memory(&[bytes(30, 33), bytes(10, 16), bytes(12, 14), bytes(15, 17), bytes(999, 2000), bytes(29, 31)]),
         );
         maps.mark_present(BlockRun::new(10, 11));
         let mut inflight = Inflight::default();
         inflight.give(BlockRun::new(31, 32), Owner::Wire(FetchId(1)));
         let next = || hot.next(&maps, &inflight, MAX, |_| None);
         let found: Vec<_> = std::iter::from_fn(next).map(|run| (run.start, run.end)).collect();
-        assert_eq!(found, [(16, 17), (999, 1000), (29, 31), (32, 33), (11, 15), (15, 16)]);
+        assert_eq!(found, [(16, 17), (29, 30), (999, 1000), (30, 31), (32, 33), (11, 15), (15, 16)]);
     }
 
     #[test]
@@ -195,8 +219,11 @@ mod tests {
             let next = || hot.next(&maps, &Inflight::default(), NonZeroU64::new(64).unwrap(), |_| None);
             std::iter::from_fn(next).map(|run| (run.start, run.end)).collect::<Vec<_>>()
         };
-        hot.add(geometry, &[bytes(0, 20), bytes(100, 240), bytes(300, 304), bytes(400, 600), bytes(700, 701)]);
-        hot.add(geometry, &[bytes(304, 318), bytes(800, 819)]);
+        hot.add(
+            geometry,
+            &in_memory(&[bytes(0, 20), bytes(100, 240), bytes(300, 304), bytes(400, 600), bytes(700, 701)]),
+        );
+        hot.add(geometry, &in_memory(&[bytes(304, 318), bytes(800, 819)]));
         assert_eq!(hot.missed(geometry, BlockRun::new(450, 451)), None, "more than half a mebibyte");
         assert_eq!(hot.missed(geometry, BlockRun::new(500, 501)), None);
         let (follow, rest) = ([(500, 564), (564, 600)], [(700, 701), (300, 304), (304, 318), (800, 819), (0, 20)]);
@@ -204,15 +231,33 @@ mod tests {
         assert_eq!(all[..2], follow);
         assert_eq!(all[2..7], rest);
         assert_eq!(all[7..], [(100, 164), (164, 228), (228, 240), (400, 464), (464, 500)]);
-        assert!(hot.runs.is_empty() && hot.by_length.is_empty());
+        assert!(hot.runs.is_empty() && hot.by_rank.is_empty());
         assert_eq!(hot.missed(geometry, BlockRun::new(502, 503)), None, "nothing is left");
+    }
+
+    #[test]
+    fn what_was_used_comes_before_what_is_merely_in_memory() {
+        let (geometry, maps) = disk();
+        let mut hot = Hot::default();
+        let used = vec![bytes(100, 140), bytes(150, 160), bytes(200, 203)];
+        hot.add(
+            geometry,
+            &HotRanges { used, in_memory: vec![bytes(0, 2), bytes(90, 100), bytes(140, 150), bytes(160, 170)] },
+        );
+        // Told again, as a part of more: it keeps its place.
+        hot.add(geometry, &in_memory(&[bytes(190, 210)]));
+        let next = || hot.next(&maps, &Inflight::default(), NonZeroU64::new(64).unwrap(), |_| None);
+        let found: Vec<_> = std::iter::from_fn(next).map(|run| (run.start, run.end)).collect();
+        let used = [(200, 203), (140, 150), (150, 160), (100, 140)];
+        assert_eq!(found[..4], used, "and the gap between two of them");
+        assert_eq!(found[4..], [(0, 2), (203, 210), (90, 100), (160, 170), (190, 200)]);
     }
 
     #[test]
     fn what_lies_between_two_that_are_close_counts_as_one() {
         let (geometry, maps) = disk();
         let mut hot = Hot::default();
-        hot.add(geometry, &[bytes(0, 20), bytes(24, 30), bytes(46, 48), bytes(65, 70), bytes(70, 71)]);
+        hot.add(geometry, &in_memory(&[bytes(0, 20), bytes(24, 30), bytes(46, 48), bytes(65, 70), bytes(70, 71)]));
         let next = || hot.next(&maps, &Inflight::default(), NonZeroU64::new(64).unwrap(), |_| None);
         let found: Vec<_> = std::iter::from_fn(next).map(|run| (run.start, run.end)).collect();
         assert_eq!(found, [(70, 71), (46, 48), (20, 24), (65, 70), (24, 30), (30, 46), (0, 20)], "and not 48 to 65");
@@ -228,7 +273,7 @@ mod tests {
         };
         let mut hot = Hot::default();
         let next = |hot: &mut Hot| hot.next(&maps, &Inflight::default(), MAX, |_| None).map(|run| run.start);
-        hot.add(geometry, &[bytes(0, 400), bytes(500, 999)]);
+        hot.add(geometry, &in_memory(&[bytes(0, 400), bytes(500, 999)]));
         reads(&mut hot, 600, 610);
         assert_eq!([next(&mut hot), next(&mut hot)], [Some(600), Some(604)]);
         hot.missed(geometry, BlockRun::new(300, 301));
@@ -247,7 +292,7 @@ mod tests {
     fn what_is_used_together_is_short() {
         let (geometry, _) = disk();
         let mut hot = Hot::default();
-        hot.add(geometry, &[bytes(0, 500), bytes(600, 728)]);
+        hot.add(geometry, &in_memory(&[bytes(0, 500), bytes(600, 728)]));
         assert_eq!(hot.missed(geometry, BlockRun::new(100, 101)), None, "half of the disk");
         assert_eq!(hot.missed(geometry, BlockRun::new(599, 600)), None, "not hot");
         assert_eq!(hot.missed(geometry, BlockRun::new(599, 601)), Some(BlockRun::new(600, 728)));
@@ -260,20 +305,20 @@ mod tests {
         let geometry = Geometry::new(1 << 40, 4096).unwrap();
         let mut hot = Hot::default();
         let runs: Vec<_> = (0..MAX_RUNS as u64 + 10).map(|at| bytes(at * 1000, at * 1000 + 500)).collect();
-        hot.add(geometry, &runs);
+        hot.add(geometry, &in_memory(&runs));
         for at in 0..100 {
             hot.missed(geometry, BlockRun::new(at * 1000 + 7, at * 1000 + 8));
             hot.missed(geometry, BlockRun::new(at * 1000 + 9, at * 1000 + 10));
         }
         assert_eq!(hot.runs.len(), MAX_RUNS);
-        assert_eq!(hot.by_length.len(), MAX_RUNS);
+        assert_eq!(hot.by_rank.len(), MAX_RUNS);
     }
 
     #[test]
     fn zeros_are_not_asked_for() {
         let (geometry, maps) = disk();
         let mut hot = Hot::default();
-        hot.add(geometry, &[bytes(32, 38)]);
+        hot.add(geometry, &in_memory(&[bytes(32, 38)]));
         let zeros = |run: BlockRun| Some(BlockRun::new(34, 36)).filter(|zeros| !zeros.clip(run).is_empty());
         let next = || hot.next(&maps, &Inflight::default(), MAX, zeros);
         let found: Vec<_> = std::iter::from_fn(next).map(|run| (run.start, run.end)).collect();

@@ -16,7 +16,8 @@
 
 use std::num::NonZeroU64;
 
-use super::geometry::{BlockRun, ByteRange, Geometry};
+use super::event::HotRanges;
+use super::geometry::{BlockRun, Geometry};
 use super::hot::Hot;
 use super::inflight::Inflight;
 use super::maps::Maps;
@@ -135,7 +136,7 @@ impl Planner {
     }
 
     /// Takes ranges that are to be fetched before the rest.
-    pub(super) fn prefer(&mut self, geometry: Geometry, ranges: &[ByteRange]) {
+    pub(super) fn prefer(&mut self, geometry: Geometry, ranges: &HotRanges) {
         if self.compact {
             self.hot.add(geometry, ranges);
         }
@@ -195,10 +196,15 @@ impl Maps {
 
 #[cfg(test)]
 mod tests {
+    use super::super::geometry::ByteRange;
     use super::*;
 
     fn extent(len_bytes: u64, zero: bool) -> Extent {
         Extent { len_bytes, zero }
+    }
+
+    fn used(ranges: &[ByteRange]) -> HotRanges {
+        HotRanges { used: ranges.into(), ..HotRanges::default() }
     }
 
     #[test]
@@ -268,7 +274,7 @@ mod tests {
         let mut inflight = Inflight::default();
         let mut planner = Planner::new(None, true);
         let hot = |start: u64, end: u64| ByteRange { start: start * 4096, end: end * 4096 };
-        planner.prefer(g, &[hot(10, 16), hot(40, 43), hot(99, 120)]);
+        planner.prefer(g, &used(&[hot(10, 16), hot(40, 43), hot(99, 120)]));
         maps.mark_present(BlockRun::new(10, 11));
         inflight.give(BlockRun::new(41, 42), super::super::inflight::Owner::Wire(super::super::FetchId(1)));
         let next: Vec<Next> = (0..6).map(|_| planner.next(&maps, &inflight, max)).collect();
@@ -278,12 +284,12 @@ mod tests {
         planner = Planner::new(Some(Questions::AHEAD), true);
         assert_eq!(planner.next(&maps, &inflight, max), Next::Query(g.all()));
         planner.answer(g, g.all(), &[extent(34 * 4096, false), extent(2 * 4096, true), extent(64 * 4096, false)]);
-        planner.prefer(g, &[hot(32, 38)]);
+        planner.prefer(g, &used(&[hot(32, 38)]));
         let next: Vec<Next> = (0..4).map(|_| planner.next(&maps, &inflight, max)).collect();
         assert_eq!(next, [Next::Zero(BlockRun::new(34, 36)), fetch(32, 34), fetch(36, 38), fetch(0, 4)]);
         // Where zeros cross as data they are not fetched before it is known that they are none.
         let mut careful = Planner::new(Some(Questions::AHEAD), false);
-        careful.prefer(g, &[hot(10, 16)]);
+        careful.prefer(g, &used(&[hot(10, 16)]));
         assert_eq!(careful.next(&maps, &inflight, max), Next::Query(g.all()));
     }
 

@@ -27,7 +27,7 @@ mod state;
 mod stride;
 mod survey;
 
-pub use event::{Action, Errno, Event, FetchError, Lane, OpId, OpKind};
+pub use event::{Action, Errno, Event, FetchError, HotRanges, Lane, OpId, OpKind};
 pub use geometry::{BlockRun, ByteRange, Geometry, GeometryError, MAX_BLOCK_BYTES, MIN_BLOCK_BYTES, SECTOR_BYTES};
 pub use inflight::{FetchId, IoId};
 pub use maps::{Maps, PAGE_BLOCKS, PAGE_WORDS, PageImage, Words, load_page};

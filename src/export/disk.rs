@@ -8,7 +8,7 @@ use super::image::{Image, ImageError};
 use crate::engine::ByteRange;
 use crate::nbd::{Ask, DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, Told, TransmissionFlags};
 use crate::server::{Disk, DiskExtent, hash_by_reading, without_zeros};
-use crate::uring::Part;
+use crate::uring::{Part, Residency};
 
 /// An image on offer.
 pub struct ExportDisk {
@@ -39,7 +39,7 @@ impl ExportDisk {
             max_block: DEFAULT_MAX_PAYLOAD,
             identity: Some(identity),
             standing: None,
-            tells_hot: image.io().cached(0..1, 1).is_ok(),
+            tells_hot: image.io().tells_residency(),
         };
         Ok(Self { image, giver, handing_off: async_lock::Mutex::new(()), info: RefCell::new(info) })
     }
@@ -84,8 +84,8 @@ impl Disk for ExportDisk {
         Ok(extents.into_iter().map(|e| DiskExtent { len_bytes: e.len_bytes, hole: e.hole, zero: e.hole }).collect())
     }
 
-    async fn hot(&self, range: ByteRange, max: usize) -> Result<Vec<(u64, bool)>, NbdError> {
-        self.image.io().cached(range.start..range.end, max).map_err(|_| NbdError::Io)
+    async fn hot(&self, range: ByteRange, max: usize) -> Result<Vec<(u64, Residency)>, NbdError> {
+        self.image.io().residency(range.start..range.end, max).await.map_err(|_| NbdError::Io)
     }
 
     async fn hand_off(&self, ask: Ask) -> Result<Told, NbdError> {

@@ -15,7 +15,7 @@ use crate::engine::{BlockRun, ByteRange, Errno};
 use crate::handoff::differs_from_base;
 use crate::nbd::{Ask, DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, Standing, Told, TransmissionFlags};
 use crate::server::{Disk, DiskExtent, ServeStats, Server, hash_by_reading, without_zeros};
-use crate::uring::{FileIo, Listener, Mailbox, Part, Reactor, spawn};
+use crate::uring::{FileIo, Listener, Mailbox, Part, Reactor, Residency, spawn};
 
 /// How long replies under way may take when it stops.
 const STOP_PATIENCE: Duration = Duration::from_secs(2);
@@ -142,7 +142,7 @@ impl Disk for OnwardDisk {
             max_block: DEFAULT_MAX_PAYLOAD,
             identity: Some(self.owner.identity()),
             standing: self.owner.standing(),
-            tells_hot: self.cache.cached(0..1, 1).is_ok(),
+            tells_hot: self.cache.tells_residency(),
             ..ExportInfo::new(self.name.clone(), geometry.size_bytes(), flags)
         }
     }
@@ -174,8 +174,8 @@ impl Disk for OnwardDisk {
         Ok(extents.into_iter().map(|e| DiskExtent { len_bytes: e.len_bytes, hole: e.hole, zero: e.hole }).collect())
     }
 
-    async fn hot(&self, range: ByteRange, max: usize) -> Result<Vec<(u64, bool)>, NbdError> {
-        self.cache.cached(range.start..range.end, max).map_err(|_| NbdError::Io)
+    async fn hot(&self, range: ByteRange, max: usize) -> Result<Vec<(u64, Residency)>, NbdError> {
+        self.cache.residency(range.start..range.end, max).await.map_err(|_| NbdError::Io)
     }
 
     async fn hashes(&self, range: ByteRange, piece_bytes: u32) -> Result<Vec<[u8; 32]>, NbdError> {

@@ -30,6 +30,8 @@ pub const EXPORT_NAME_ZEROES: usize = 124;
 pub const FERRY_HOT: &str = "blkferry:hot";
 /// State of an extent in that context: it is there.
 pub const FERRY_IS_HOT: u32 = 1;
+/// Besides: it was used since it came there.
+pub const FERRY_WAS_USED: u32 = 2;
 /// The context id that answers to `CMD_FERRY_CHANGED` carry.
 pub const FERRY_CHANGED_ID: u32 = 0x6672_0001;
 /// In those answers: this extent was written since.

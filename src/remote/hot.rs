@@ -1,4 +1,4 @@
-//! What the source has in its page cache: a hint, what its machine used last and so will use next.
+//! What the source has in its page cache, and what of it was used: a hint, what its machine used last and so will use next.
 //!
 //! Asked for on a connection of its own, beside everything else, so that neither a read nor hydration waits for it. What
 //! is told is not believed in any further than that it is fetched first: the connection need not prove whose disk it is.
@@ -11,7 +11,8 @@ use futures_util::{FutureExt, StreamExt, stream};
 use super::dial::dial_hot;
 use super::link::{Link, LinkError};
 use super::source::Source;
-use crate::engine::ByteRange;
+use crate::engine::{ByteRange, HotRanges};
+use crate::nbd::{FERRY_IS_HOT, FERRY_WAS_USED};
 use crate::uring::sleep;
 
 /// How long the source may take to tell.
@@ -24,7 +25,7 @@ const QUESTIONS: usize = 16;
 impl Source {
     /// Asks for the stretches of the disk that the source has in memory, and hands them over as they are told. Ends
     /// early, without a word, if the source does not tell or takes too long.
-    pub async fn hot(&self, found: impl Fn(Vec<ByteRange>)) {
+    pub async fn hot(&self, found: impl Fn(HotRanges)) {
         if !self.hashes_blocks() || !self.takes_several() {
             return;
         }
@@ -34,7 +35,7 @@ impl Source {
         }
     }
 
-    async fn ask_hot(&self, found: impl Fn(Vec<ByteRange>)) {
+    async fn ask_hot(&self, found: impl Fn(HotRanges)) {
         let dialed = match dial_hot(self.uri(), self.stats()).await {
             Ok(dialed) if dialed.session.hot.is_some() && dialed.session.size_bytes == self.size_bytes() => dialed,
             Ok(_) => return,
@@ -47,7 +48,7 @@ impl Source {
         let mut answers = stream::iter(ranges.map(|range| hot_in(&link.0, range))).buffered(QUESTIONS);
         while let Some(answer) = answers.next().await {
             match answer {
-                Ok(ranges) if ranges.is_empty() => {}
+                Ok(ranges) if ranges == HotRanges::default() => {}
                 Ok(ranges) => found(ranges),
                 Err(e) => {
                     log::debug!("what is hot at the source is not told: {e:?}");
@@ -58,14 +59,19 @@ impl Source {
     }
 }
 
-async fn hot_in(link: &Link, range: ByteRange) -> Result<Vec<ByteRange>, LinkError> {
-    let mut end = range.start;
-    let told = link.hot(range).await?.into_iter().map(|(len, hot)| {
-        let start = end;
-        end += len;
-        (ByteRange { start, end }, hot)
-    });
-    Ok(told.filter(|(_, hot)| *hot).map(|(range, _)| range).collect())
+async fn hot_in(link: &Link, range: ByteRange) -> Result<HotRanges, LinkError> {
+    let mut hot = HotRanges::default();
+    let mut at = range.start;
+    for (len, bits) in link.hot(range).await? {
+        let range = ByteRange::new(at, len);
+        at = range.end;
+        if bits & FERRY_WAS_USED != 0 {
+            hot.used.push(range);
+        } else if bits & FERRY_IS_HOT != 0 {
+            hot.in_memory.push(range);
+        }
+    }
+    Ok(hot)
 }
 
 /// A connection that is closed however the asking ends: also if it is given up in the middle.

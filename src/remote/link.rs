@@ -19,8 +19,8 @@ use super::read::{BadCover, FetchedData, HashAssembly, ReadAssembly};
 use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent};
 use crate::nbd::{
-    Ask, ChunkKind, ClientSession, Command, CommandFlags, FERRY_CHANGED, FERRY_CHANGED_ID, FERRY_IS_HOT, NbdError,
-    ProtocolError, Request, Told,
+    Ask, ChunkKind, ClientSession, Command, CommandFlags, FERRY_CHANGED, FERRY_CHANGED_ID, FERRY_IS_HOT,
+    FERRY_WAS_USED, NbdError, ProtocolError, Request, Told,
 };
 use crate::uring::{Connection, Mailbox, Part, now, spawn};
 
@@ -76,14 +76,14 @@ enum Waiting {
         told: Option<Told>,
         answer: Answer<Option<Told>>,
     },
-    /// Of a context of our own with one bit.
+    /// Of a context of our own: those of its bits that mean something to us.
     Marked {
         context: u32,
-        bit: u32,
+        bits: u32,
         /// What is to be answered before this.
         after: Option<Asked>,
-        stretches: Vec<(u64, bool)>,
-        answer: Answer<Vec<(u64, bool)>>,
+        stretches: Vec<(u64, u32)>,
+        answer: Answer<Vec<(u64, u32)>>,
     },
 }
 
@@ -274,14 +274,15 @@ impl Link {
     /// Asks what was written since the source's disk was made from its base: lengths, from the start of the range on. If
     /// the answer comes before that of `after` it is of no use.
     pub(super) async fn changed(&self, range: ByteRange, after: Option<Asked>) -> Result<Vec<(u64, bool)>, LinkError> {
-        self.marked(Command::FerryChanged, range, (FERRY_CHANGED_ID, FERRY_CHANGED), after).await
+        let told = self.marked(Command::FerryChanged, range, (FERRY_CHANGED_ID, FERRY_CHANGED), after).await?;
+        Ok(told.into_iter().map(|(len, bits)| (len, bits != 0)).collect())
     }
 
-    /// Asks what the source has in its page cache: lengths, from the start of the range on. Only on a connection where
-    /// that context was chosen.
-    pub(super) async fn hot(&self, range: ByteRange) -> Result<Vec<(u64, bool)>, LinkError> {
+    /// Asks what the source has in its page cache: lengths, from the start of the range on, and the bits of
+    /// `blkferry:hot`. Only on a connection where that context was chosen.
+    pub(super) async fn hot(&self, range: ByteRange) -> Result<Vec<(u64, u32)>, LinkError> {
         let context = self.session().hot.ok_or(LinkError::Refused(Errno::ENOTSUP))?;
-        self.marked(Command::BlockStatus, range, (context, FERRY_IS_HOT), None).await
+        self.marked(Command::BlockStatus, range, (context, FERRY_IS_HOT | FERRY_WAS_USED), None).await
     }
 
     /// All of a range, however many answers that takes.
@@ -289,13 +290,13 @@ impl Link {
         &self,
         command: Command,
         range: ByteRange,
-        (context, bit): (u32, u32),
+        (context, bits): (u32, u32),
         after: Option<Asked>,
-    ) -> Result<Vec<(u64, bool)>, LinkError> {
+    ) -> Result<Vec<(u64, u32)>, LinkError> {
         let mut all = Vec::new();
         let mut rest = range;
         while !rest.is_empty() {
-            let waiting = |answer| Waiting::Marked { context, bit, after, stretches: Vec::new(), answer };
+            let waiting = |answer| Waiting::Marked { context, bits, after, stretches: Vec::new(), answer };
             let told = self.ask(command, rest, waiting).await?;
             let told_bytes: u64 = told.iter().map(|(len, _)| len).sum();
             if told_bytes == 0 || told_bytes > rest.len() {

@@ -13,8 +13,8 @@ use super::{HANDSHAKE_TIMEOUT, HASH_PIECE_BYTES, MAX_BYTES, MAX_REQUESTS, MAX_WA
 use crate::engine::ByteRange;
 use crate::nbd::chunk::Extent;
 use crate::nbd::{
-    Ask, Command, CommandFlags, ExportInfo, FERRY_IS_HOT, Limits, MAX_EXTENTS, NbdError, ProtocolError, Request,
-    ServerHandshake, ServerStep, Session,
+    Ask, Command, CommandFlags, ExportInfo, Limits, MAX_EXTENTS, NbdError, ProtocolError, Request, ServerHandshake,
+    ServerStep, Session,
 };
 use crate::uring::{Budget, BufferedReader, Connection, Lent, Mailbox, Part, sleep, spawn};
 
@@ -253,7 +253,7 @@ async fn block_status<D: Disk>(
         contexts.push((id, replies::allocation(&context.disk.extents(range, max).await?)));
     }
     if let Some(id) = context.session.hot {
-        contexts.push((id, replies::marked(&context.disk.hot(range, max).await?, FERRY_IS_HOT)));
+        contexts.push((id, replies::hot(&context.disk.hot(range, max).await?)));
     }
     if contexts.iter().any(|(_, extents)| extents.is_empty()) { Err(NbdError::Inval) } else { Ok(contexts) }
 }

@@ -4,7 +4,7 @@ use std::future::Future;
 
 use crate::engine::ByteRange;
 use crate::nbd::{Ask, ExportInfo, NbdError, Told};
-use crate::uring::Part;
+use crate::uring::{Part, Residency};
 
 /// A stretch of the disk as BLOCK_STATUS (`base:allocation`) tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -67,9 +67,9 @@ pub trait Disk: 'static {
     /// Holes and zeros from the start of a range: at least one stretch, at most `max`, perhaps short of its end.
     fn extents(&self, range: ByteRange, max: usize) -> impl Future<Output = Result<Vec<DiskExtent>, NbdError>>;
 
-    /// Stretches from the start of a range that are (true) or are not in the page cache: at least one, at most `max`,
-    /// perhaps short of its end. Only asked of a disk whose export tells it.
-    fn hot(&self, range: ByteRange, max: usize) -> impl Future<Output = Result<Vec<(u64, bool)>, NbdError>> {
+    /// Stretches from the start of a range, and how they stand with the page cache: at least one, at most `max`, perhaps
+    /// short of its end. Only asked of a disk whose export tells it.
+    fn hot(&self, range: ByteRange, max: usize) -> impl Future<Output = Result<Vec<(u64, Residency)>, NbdError>> {
         let _ = (range, max);
         async { Err(NbdError::NotSup) }
     }

@@ -4,8 +4,11 @@ use crate::nbd::chunk::{
     Extent, Hole, put_block_status_chunk, put_data_chunk_head, put_error_chunk, put_ferry_hashes_chunk,
     put_ferry_told_chunk, put_none_chunk,
 };
-use crate::nbd::{FERRY_CHANGED, FERRY_CHANGED_ID, NbdError, ReplyFlags, StateFlags, Told, put_simple_reply};
-use crate::uring::Part;
+use crate::nbd::{
+    FERRY_CHANGED, FERRY_CHANGED_ID, FERRY_IS_HOT, FERRY_WAS_USED, NbdError, ReplyFlags, StateFlags, Told,
+    put_simple_reply,
+};
+use crate::uring::{Part, Residency};
 
 use super::disk::DiskExtent;
 
@@ -80,11 +83,20 @@ pub(super) fn allocation(extents: &[DiskExtent]) -> Vec<Extent> {
     extents.iter().map(to_wire).collect()
 }
 
-/// Extents of a context of our own that knows one bit.
-pub(super) fn marked(stretches: &[(u64, bool)], bit: u32) -> Vec<Extent> {
-    let to_wire = |&(len_bytes, marked): &(u64, bool)| {
-        let flags = StateFlags::from_bits_retain(if marked { bit } else { 0 });
-        Extent { len: in_request(len_bytes), flags }
+/// Extents of `blkferry:hot`.
+pub(super) fn hot(stretches: &[(u64, Residency)]) -> Vec<Extent> {
+    marked(stretches, |residency| match residency {
+        Residency::Absent => 0,
+        Residency::Cached => FERRY_IS_HOT,
+        Residency::Used => FERRY_IS_HOT | FERRY_WAS_USED,
+    })
+}
+
+/// Extents of a context of our own.
+fn marked<T: Copy>(stretches: &[(u64, T)], bits: impl Fn(T) -> u32) -> Vec<Extent> {
+    let to_wire = |&(len_bytes, state): &(u64, T)| Extent {
+        len: in_request(len_bytes),
+        flags: StateFlags::from_bits_retain(bits(state)),
     };
     stretches.iter().map(to_wire).collect()
 }
@@ -109,5 +121,6 @@ pub(super) fn told(cookie: u64, told: &Told) -> Vec<Part> {
 
 /// The answer to the question what was written since.
 pub(super) fn changed(cookie: u64, stretches: &[(u64, bool)]) -> Vec<Part> {
-    block_status(cookie, &[(FERRY_CHANGED_ID, marked(stretches, FERRY_CHANGED))])
+    let written = |written| if written { FERRY_CHANGED } else { 0 };
+    block_status(cookie, &[(FERRY_CHANGED_ID, marked(stretches, written))])
 }

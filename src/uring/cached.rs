@@ -12,9 +12,9 @@ use super::file::{FileIo, PAGE_BYTES};
 const SYS_CACHESTAT: libc::c_long = 451;
 /// Piece that is told to be in the cache or not: in it is what has any of its pages there. Small, since what a machine
 /// uses lies scattered in single pages, too, a file system's metadata above all.
-const PIECE_BYTES: u64 = 16 << 10;
+pub(super) const PIECE_BYTES: u64 = 16 << 10;
 /// Piece that is looked at first; where nothing is, or all, nothing smaller is.
-const FIRST_BYTES: u64 = 64 << 20;
+pub(super) const FIRST_BYTES: u64 = 64 << 20;
 /// Pages that one call counts, about: a millisecond.
 const MOST_PAGES: u64 = 1 << 18;
 
@@ -40,19 +40,19 @@ impl FileIo {
     /// Stretches from the start of a range that are or are not in the page cache: their lengths in bytes, and which it is.
     /// At least one and at most `max`, perhaps short of the range's end. Fails where the system does not tell: before
     /// Linux 6.5, or if the file is another user's.
-    pub fn cached(&self, range: Range<u64>, max: usize) -> io::Result<Vec<(u64, bool)>> {
-        let mut stretches = Stretches { found: Vec::new(), max };
+    pub(super) fn cached(&self, range: Range<u64>, max: usize) -> io::Result<Vec<(u64, bool)>> {
+        let mut stretches = Stretches::new(max);
         let (mut at, mut pages) = (range.start, 0);
         while at < range.end && pages < MOST_PAGES && stretches.has_room() {
             let end = range.end.min((at / FIRST_BYTES + 1) * FIRST_BYTES);
             pages += self.look(at..end, &mut stretches)?;
             at = end;
         }
-        Ok(stretches.found)
+        Ok(stretches.found())
     }
 
     /// Adds what there is in a range, and says how many of its pages are in the cache.
-    fn look(&self, range: Range<u64>, stretches: &mut Stretches) -> io::Result<u64> {
+    fn look(&self, range: Range<u64>, stretches: &mut Stretches<bool>) -> io::Result<u64> {
         if !stretches.has_room() {
             return Ok(0);
         }
@@ -81,21 +81,32 @@ impl FileIo {
     }
 }
 
-struct Stretches {
-    found: Vec<(u64, bool)>,
+/// Neighbours that are alike are one.
+pub(super) struct Stretches<T> {
+    found: Vec<(u64, T)>,
     max: usize,
 }
 
-impl Stretches {
-    fn has_room(&self) -> bool {
+impl<T: PartialEq> Stretches<T> {
+    pub(super) fn new(max: usize) -> Self {
+        Self { found: Vec::new(), max }
+    }
+
+    pub(super) fn has_room(&self) -> bool {
         self.found.len() < self.max
     }
 
-    fn push(&mut self, len: u64, cached: bool) {
+    pub(super) fn push(&mut self, len: u64, state: T) {
         match self.found.last_mut() {
-            Some((before, was)) if *was == cached => *before += len,
-            _ => self.found.push((len, cached)),
+            Some((before, was)) if *was == state => *before += len,
+            _ => self.found.push((len, state)),
         }
+    }
+
+    /// As many as there was room for.
+    pub(super) fn found(mut self) -> Vec<(u64, T)> {
+        self.found.truncate(self.max);
+        self.found
     }
 }
 

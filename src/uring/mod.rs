@@ -11,8 +11,8 @@
 //! to cancel), so the kernel never writes into memory that somebody else got. A reactor that goes
 //! away cancels and waits for all that is still in flight.
 //!
-//! This module is one of the two homes of `unsafe` (the other is the ublk adapter): rings, and the
-//! shared mapping of the live maps.
+//! This module is one of the two homes of `unsafe` (the other is the ublk adapter): rings, the shared mapping of the live
+//! maps, and what the kernel says of a file's pages.
 #![allow(unsafe_code)]
 
 mod budget;
@@ -23,9 +23,11 @@ mod file;
 mod idle;
 mod net;
 mod now;
+mod page_flags;
 mod peer;
 mod probe;
 mod reactor;
+mod residency;
 mod shared;
 #[cfg(feature = "simulation")]
 pub mod simulation;
@@ -39,6 +41,7 @@ pub use net::{BindError, Part, bind_private};
 pub use peer::{connect_to_living, is_dying};
 pub use probe::{UringError, require_io_uring};
 pub use reactor::{Mailbox, Reactor, Task};
+pub use residency::Residency;
 pub use shared::SharedWords;
 pub use stream::BufferedReader;
 

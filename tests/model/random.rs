@@ -3,7 +3,7 @@
 //! Each case throws its own weights (how often which event, how unreliable, how patient), so that rare
 //! combinations are common in some cases. Each step has a random stream of its own: a step can be left out.
 
-use blkferry::engine::{BlockRun, ByteRange, Errno, Event, Extent, OpKind};
+use blkferry::engine::{BlockRun, ByteRange, Errno, Event, Extent, HotRanges, OpKind};
 
 use crate::check::Checked;
 use crate::disk::Survives;
@@ -203,7 +203,10 @@ impl Turn<'_> {
             if (range.start / 4096) % 5 == 3 {
                 let blocks = world.setup.geometry.covering(range);
                 world.hot[blocks.start as usize..blocks.end as usize].fill(true);
-                world.feed(Event::Hot { ranges: vec![range] })?;
+                let mut ranges = HotRanges::default();
+                let was_used = (range.start / 4096).is_multiple_of(2);
+                if was_used { &mut ranges.used } else { &mut ranges.in_memory }.push(range);
+                world.feed(Event::Hot { ranges })?;
             }
             Ok(())
         }

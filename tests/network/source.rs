@@ -8,7 +8,7 @@ use blkferry::engine::ByteRange;
 use blkferry::nbd::{DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, TransmissionFlags};
 use blkferry::server::{Disk, DiskExtent, ServeStats, Server, without_zeros};
 use blkferry::uring::simulation::{ProcessId, World};
-use blkferry::uring::{Listener, Part, sleep};
+use blkferry::uring::{Listener, Part, Residency, sleep};
 use event_listener::Event;
 
 use crate::setup::Setup;
@@ -71,9 +71,11 @@ impl Disk for MemoryDisk {
     }
 
     /// Every third stretch of some sectors.
-    async fn hot(&self, range: ByteRange, max: usize) -> Result<Vec<(u64, bool)>, NbdError> {
+    async fn hot(&self, range: ByteRange, max: usize) -> Result<Vec<(u64, Residency)>, NbdError> {
         let starts = (range.start..range.end).step_by(24 * SECTOR as usize).take(max);
-        Ok(starts.map(|at| ((range.end - at).min(24 * SECTOR), at / (24 * SECTOR) % 3 == 1)).collect())
+        let is_hot = |at: u64| at / (24 * SECTOR) % 3 == 1;
+        let residency = |at| if is_hot(at) { Residency::Cached } else { Residency::Absent };
+        Ok(starts.map(|at| ((range.end - at).min(24 * SECTOR), residency(at))).collect())
     }
 
     async fn extents(&self, range: ByteRange, max: usize) -> Result<Vec<DiskExtent>, NbdError> {

@@ -140,7 +140,7 @@ impl Link {
             (ChunkKind::FerryTold, Waiting::Told { told, .. }) => {
                 *told = Some(Told::decode(&payload(reader, len).await?)?)
             }
-            (ChunkKind::BlockStatus, Waiting::Marked { context, bit, after, stretches, .. }) => {
+            (ChunkKind::BlockStatus, Waiting::Marked { context, bits, after, stretches, .. }) => {
                 let status = BlockStatus::decode(&payload(reader, len).await?)?;
                 // Of before that step: what was so then need not be so after it.
                 if after.is_some_and(|Asked { cookie }| self.inner.pending.borrow().contains_key(&cookie)) {
@@ -151,7 +151,7 @@ impl Link {
                         return Err(LinkFailure::UnexpectedChunk(kind));
                     }
                     let told = status.extents.iter();
-                    stretches.extend(told.map(|e| (u64::from(e.len), e.flags.bits() & *bit != 0)));
+                    stretches.extend(told.map(|e| (u64::from(e.len), e.flags.bits() & *bits)));
                 }
             }
             (kind, _) if kind.is_error() => {

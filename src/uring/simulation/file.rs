@@ -12,6 +12,7 @@ use super::DiskWork;
 use super::world::{current, sleep};
 use crate::uring::file::{self, FileExtent, ZeroMode};
 use crate::uring::net::Part;
+use crate::uring::residency::Residency;
 
 /// Zeros are written in pieces of so many bytes where the file system cannot punch.
 const ZEROS_BYTES: usize = 64 << 10;
@@ -55,9 +56,14 @@ impl FileIo {
         self.real.extents(range, max)
     }
 
-    /// See [`file::FileIo::cached`].
-    pub fn cached(&self, range: Range<u64>, max: usize) -> io::Result<Vec<(u64, bool)>> {
-        self.real.cached(range, max)
+    /// See [`file::FileIo::tells_residency`].
+    pub fn tells_residency(&self) -> bool {
+        self.real.tells_residency()
+    }
+
+    /// See [`file::FileIo::residency`].
+    pub async fn residency(&self, range: Range<u64>, max: usize) -> io::Result<Vec<(u64, Residency)>> {
+        self.real.residency(range, max).await
     }
 
     /// See [`file::FileIo::read_exact_at`].
