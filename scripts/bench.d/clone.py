@@ -12,6 +12,7 @@ DELAYS_MS = (0, 2)
 TARGETS = ("blkferry", "dm-clone")
 # Reads in flight, and how they follow each other: as fio calls it, and as we do.
 PATTERNS = {"1-randread": (1, "random"), "32-randread": (32, "random"), "1-read": (1, "one after the other")}
+# Of blocks that are here: dm-clone asks its source again for what was read before.
 WANTED = 2
 
 
@@ -42,12 +43,14 @@ def tables(bench):
         for (pattern, passed), runs in measure(bench, delay_ms).items():
             depth, order = PATTERNS[pattern]
             ours, theirs = (median(runs[target]) for target in TARGETS)
+            is_here = passed == "again"
             rows.append({
-                "RTT ms": 2 * delay_ms, "QD": depth, "reads": order, "blocks": "not here" if passed == "first" else "read before",
-                "blkferry IOPS": ours, "dm-clone IOPS": theirs, "blkferry ÷ dm-clone": ours / theirs, "runs_iops": [runs],
+                "RTT ms": 2 * delay_ms, "QD": depth, "reads": order, "blocks": "read before" if is_here else "not here",
+                "blkferry IOPS": ours, "dm-clone IOPS": theirs, "blkferry ÷ dm-clone": ours / theirs,
+                "met": "–" if not is_here else "yes" if ours >= WANTED * theirs else "no", "runs_iops": [runs],
             })
     yield (
         f"4 KiB reads, each block once and then the same again, direct, of /dev/ublkbN and of dm-clone over nbd.ko, both "
         f"from one blkferry export, hydration off, in an emulated machine with Linux {KERNEL}; dm-clone does not keep what is "
-        f"read. Wanted: ≥ {WANTED} ×", rows,
+        f"read. Wanted of what was read before: ≥ {WANTED} ×", rows,
     )
