@@ -34,6 +34,17 @@ COMPONENTS = {
 } | {"return": back}
 
 
+# What the figures are not made by.
+WORDS = (":!docs", ":!*.md")
+
+
+def code(repo):
+    """The commit that the code was changed in last, and whether it has been changed since."""
+    def git(*command):
+        return run("git", "-C", repo, *command, "--", ".", *WORDS).strip()
+    return git("log", "-1", "--format=%h") + ("-dirty" if git("status", "--porcelain") else "")
+
+
 def machine():
     """What the figures depend on."""
     model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), flags=re.M)
@@ -90,9 +101,8 @@ def main():
     bench = Bench(args)
     result = {
         "date": datetime.date.today().isoformat(),
-        "commit": run("git", "-C", bench.repo, "describe", "--always", "--dirty").strip(),
+        "commit": code(bench.repo),
         "quick": args.quick,
-        "rounds": bench.rounds,
         "machine": machine() | {"files_on": run("stat", "-f", "-c", "%T", bench.work).strip()},
         "peers": peers(),
         "components": {},
@@ -100,7 +110,8 @@ def main():
     out = bench.repo / "docs/bench" / f"{args.label or ('quick' if args.quick else 'latest')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     if out.exists():
-        # Components that are not run now keep their figures, if they are of the same code.
+        # Components that are not run now keep their figures, if they are of the same code. The machine is as it was before
+        # the last one.
         before = json.loads(out.read_text())
         if before["commit"] == result["commit"]:
             result["components"] = before["components"]
@@ -110,7 +121,7 @@ def main():
             print(f"\n{name}: {title}\n", flush=True)
             if rows:
                 print_table(rows)
-                tables.append({"measured": title, "rows": rows})
+                tables.append({"measured": title, "rounds": bench.rounds, "rows": rows})
         result["components"][name] = tables
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"\nwritten to {out.relative_to(bench.repo)}")

@@ -8,7 +8,7 @@ use std::fs::File;
 use std::io;
 use std::num::NonZeroUsize;
 use std::ops::Range;
-use std::os::fd::{AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 
@@ -27,27 +27,34 @@ const PRESENT: u64 = 1 << 63;
 const FRAME: u64 = (1 << 55) - 1;
 /// KPF_REFERENCED and KPF_ACTIVE of `<linux/kernel-page-flags.h>`.
 const USED: u64 = 1 << 2 | 1 << 6;
+/// Pages that the kernel maps at a time (fault_around_bytes, by default).
+const FAULT_AROUND: usize = 16;
 /// Most that one call takes (UIO_MAXIOV of `<linux/uio.h>`).
 const MOST_IOVECS: usize = 1024;
 
 pub(super) struct PageFlags {
     pagemap: File,
     flags: File,
+    /// Where bytes go that nobody wants.
+    bin: OwnedFd,
 }
 
 impl PageFlags {
     /// Fails for everybody but root.
     pub(super) fn open() -> io::Result<Self> {
-        Ok(Self { flags: File::open("/proc/kpageflags")?, pagemap: File::open("/proc/self/pagemap")? })
+        Ok(Self {
+            flags: File::open("/proc/kpageflags")?,
+            pagemap: File::open("/proc/self/pagemap")?,
+            bin: memfd_create(c"blkferry-pages", MFdFlags::MFD_CLOEXEC)?,
+        })
     }
 
     /// Which of these pages of a file were used. A page that is not in the page cache is not read for it. Those who may not
     /// know the pages' frames are told that none was used.
     pub(super) fn used(&self, file: BorrowedFd<'_>, pages: Range<u64>) -> io::Result<Vec<bool>> {
         let window = Window::map(file, pages)?;
-        window.fault_in()?;
         let mut used = vec![false; window.pages];
-        let frames = words(&self.pagemap, window.first_entry(), window.pages)?;
+        let frames = self.frames(&window)?;
         let frame_of =
             |page: usize| (frames[page] & PRESENT != 0).then_some(frames[page] & FRAME).filter(|&frame| frame != 0);
         let mut page = 0;
@@ -65,6 +72,19 @@ impl PageFlags {
             page += len;
         }
         Ok(used)
+    }
+
+    /// Entries of /proc/self/pagemap; those pages are mapped that are in the page cache.
+    fn frames(&self, window: &Window) -> io::Result<Vec<u64>> {
+        let resident = window.resident()?;
+        let mut frames = vec![0; window.pages];
+        // The kernel maps more around each page than that one, if it can.
+        for step in [FAULT_AROUND, 1] {
+            let lacks = |&page: &usize| resident[page] && frames[page] & PRESENT == 0;
+            window.fault_in((0..window.pages).step_by(step).filter(lacks), &self.bin)?;
+            frames = words(&self.pagemap, window.first_entry(), window.pages)?;
+        }
+        Ok(frames)
     }
 }
 
@@ -100,14 +120,12 @@ impl Window {
         self.start.addr().get() as u64 / PAGE_BYTES as u64
     }
 
-    /// Has those pages mapped that are in the page cache: by the kernel, which fetches a byte of each, so that one that has
-    /// gone meanwhile is an error. (MADV_POPULATE_READ would map them, too, and would mark them as referenced.)
-    fn fault_in(&self) -> io::Result<()> {
-        let resident = self.resident()?;
+    /// Has pages mapped: by the kernel, which fetches a byte of each, so that one that has gone meanwhile is an error.
+    /// (MADV_POPULATE_READ would map them, too, and would mark them as referenced.)
+    fn fault_in(&self, pages: impl Iterator<Item = usize>, bin: &OwnedFd) -> io::Result<()> {
         let bytes_of =
             |page| libc::iovec { iov_base: self.start.as_ptr().wrapping_byte_add(page * PAGE_BYTES), iov_len: 1 };
-        let bytes: Vec<_> = (0..self.pages).filter(|&page| resident[page]).map(bytes_of).collect();
-        let bin = memfd_create(c"blkferry-pages", MFdFlags::MFD_CLOEXEC)?;
+        let bytes: Vec<_> = pages.map(bytes_of).collect();
         for bytes in bytes.chunks(MOST_IOVECS) {
             // SAFETY: each byte lies in our own mapping, and the kernel only reads them; it answers EFAULT if it cannot.
             let written = unsafe { libc::pwritev(bin.as_raw_fd(), bytes.as_ptr(), bytes.len() as libc::c_int, 0) };

@@ -13,10 +13,10 @@ use super::file::{FileIo, PAGE_BYTES};
 use super::page_flags::PageFlags;
 use super::sleep;
 
-/// Looked at in one breath, before others have their turn: about a millisecond.
-const LOOK_BYTES: u64 = 4 << 20;
+/// Looked at in one breath, before others have their turn: less than a millisecond.
+const LOOK_BYTES: u64 = 1 << 20;
 /// Looks that one question takes.
-const MOST_LOOKS: usize = 64;
+const MOST_LOOKS: usize = 256;
 
 /// How a stretch of a file stands with the page cache.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
