@@ -64,7 +64,7 @@ def tables(bench):
                 rows.append({
                     "RTT ms": rtt_ms, "in between": setting, "reads": sum(len(latencies) for latencies, _ in rounds),
                     "misses": sum(map(len, misses)),
-                    **{f"p{n} / RTT": median([percentile(of_round, n) for of_round in misses]) / rtt_ms for n in (50, 90, 99)},
+                    **{f"p{n} / RTT": median([percentile(of_round, n) for of_round in misses if of_round]) / rtt_ms for n in (50, 90, 99)},
                     "wanted p50, p99": {None: "–", "off": "–, 1.1", "auto": "1.2, 1.6"}[SETTINGS[setting]],
                     "of the link": f"{100 * median([share for _, share in rounds]):.0f} %" if SETTINGS[setting] == "auto" else "–",
                     "misses_ms": [[round(ms, 3) for ms in sorted(of_round)] for of_round in misses],

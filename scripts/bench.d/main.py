@@ -113,7 +113,7 @@ def main():
         # Components that are not run now keep their figures, if they are of the same code. The machine is as it was before
         # the last one.
         before = json.loads(out.read_text())
-        if before["commit"] == result["commit"]:
+        if before["commit"] == result["commit"] and not result["commit"].endswith("-dirty"):
             result["components"] = before["components"]
     for name in args.components:
         tables = []

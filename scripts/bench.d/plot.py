@@ -137,7 +137,9 @@ def draw(result, path):
     body = "".join(
         f'<g transform="translate({8 + number * (WIDTH + GAP)} 8)">{"".join(panel.shapes)}</g>\n'
         for number, panel in enumerate(panels))
-    note = f"{result['date']}, {result['commit']}, {result['machine']['cpus']} CPUs, {result['rounds']} rounds, medians"
+    rounds = sorted({table["rounds"] for name in PANELS for table in result["components"].get(name, [])})
+    rounds = " to ".join(str(number) for number in sorted({rounds[0], rounds[-1]}))
+    note = f"{result['date']}, {result['commit']}, {result['machine']['cpus']} CPUs, rounds: {rounds}, medians"
     path.write_text(
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {HEIGHT + 32}" width="{width}" '
         f'font-family="system-ui, sans-serif">\n{body}'

@@ -83,12 +83,21 @@ impl Hot {
     fn add_run(&mut self, run: BlockRun, heat: Heat) {
         let before = self.runs.range(..=run.start).next_back();
         let mut start = before.map_or(run.start, |(_, before)| run.start.max(before.left.end));
-        while start < run.end && self.runs.len() < MAX_RUNS {
+        while start < run.end && self.has_room_for(heat) {
             let next = self.runs.range(start..run.end).next().map(|(_, next)| next.left);
             let left = BlockRun::new(start, next.map_or(run.end, |next| next.start));
             self.insert(Stretch { left, rank: Rank { heat, told: left.len() } });
             start = next.map_or(run.end, |next| next.end);
         }
+    }
+
+    /// What is merely in memory makes room for what was used.
+    fn has_room_for(&mut self, heat: Heat) -> bool {
+        if self.runs.len() < MAX_RUNS {
+            return true;
+        }
+        let last = self.by_rank.last().filter(|(rank, _)| rank.heat > heat).map(|(_, start)| self.runs[start]);
+        last.inspect(|last| self.remove(*last)).is_some()
     }
 
     /// The guest has missed these blocks. What is hot goes on from there; those around it, if it is about to use them.
@@ -312,6 +321,23 @@ mod tests {
         }
         assert_eq!(hot.runs.len(), MAX_RUNS);
         assert_eq!(hot.by_rank.len(), MAX_RUNS);
+    }
+
+    #[test]
+    fn what_is_merely_in_memory_makes_room_for_what_was_used() {
+        let geometry = Geometry::new(1 << 40, 4096).unwrap();
+        let mut hot = Hot::default();
+        let runs: Vec<_> = (0..MAX_RUNS as u64 + 10).map(|at| bytes(at * 1000, at * 1000 + 1 + at)).collect();
+        hot.add(geometry, &in_memory(&runs[..MAX_RUNS]));
+        let used = vec![bytes(500, 600), bytes(100_000_500, 100_000_700)];
+        hot.add(geometry, &HotRanges { used, in_memory: vec![bytes(700, 701)] });
+        assert_eq!((hot.runs.len(), hot.by_rank.len()), (MAX_RUNS, MAX_RUNS));
+        let in_memory = hot.runs.values().filter(|stretch| stretch.rank.heat == Heat::InMemory);
+        assert_eq!(in_memory.count(), MAX_RUNS - 2, "and no room for another one of those");
+        assert!(
+            hot.runs.contains_key(&0) && !hot.runs.contains_key(&((MAX_RUNS as u64 - 1) * 1000)),
+            "the longest went"
+        );
     }
 
     #[test]

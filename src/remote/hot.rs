@@ -21,6 +21,8 @@ const HOT_PATIENCE: Duration = Duration::from_secs(60);
 const ASKED_BYTES: u64 = 2 << 30;
 /// Questions under way.
 const QUESTIONS: usize = 16;
+/// Ranges that are handed over at a time, at most.
+const PORTION: usize = 4096;
 
 impl Source {
     /// Asks for the stretches of the disk that the source has in memory, and hands them over as they are told. Ends
@@ -48,8 +50,7 @@ impl Source {
         let mut answers = stream::iter(ranges.map(|range| hot_in(&link.0, range))).buffered(QUESTIONS);
         while let Some(answer) = answers.next().await {
             match answer {
-                Ok(ranges) if ranges == HotRanges::default() => {}
-                Ok(ranges) => found(ranges),
+                Ok(ranges) => ranges.into_iter().for_each(&found),
                 Err(e) => {
                     log::debug!("what is hot at the source is not told: {e:?}");
                     break;
@@ -59,10 +60,15 @@ impl Source {
     }
 }
 
-async fn hot_in(link: &Link, range: ByteRange) -> Result<HotRanges, LinkError> {
+/// In portions that do not hold up whoever takes them.
+async fn hot_in(link: &Link, range: ByteRange) -> Result<Vec<HotRanges>, LinkError> {
+    let mut all = Vec::new();
     let mut hot = HotRanges::default();
     let mut at = range.start;
     for (len, bits) in link.hot(range).await? {
+        if hot.used.len() + hot.in_memory.len() == PORTION {
+            all.push(std::mem::take(&mut hot));
+        }
         let range = ByteRange::new(at, len);
         at = range.end;
         if bits & FERRY_WAS_USED != 0 {
@@ -71,7 +77,8 @@ async fn hot_in(link: &Link, range: ByteRange) -> Result<HotRanges, LinkError> {
             hot.in_memory.push(range);
         }
     }
-    Ok(hot)
+    all.push(hot);
+    Ok(all)
 }
 
 /// A connection that is closed however the asking ends: also if it is given up in the middle.

@@ -59,6 +59,9 @@ pub(super) struct Asked {
     cookie: u64,
 }
 
+/// Smallest piece that a context of our own tells of, a block or a page, but for the ends of a range.
+const LEAST_STRETCH_BYTES: u64 = 4096;
+
 enum Waiting {
     Read {
         read: ReadAssembly,
@@ -304,6 +307,10 @@ impl Link {
             }
             rest.start += told_bytes;
             all.extend(told);
+            // Nothing of ours is told in smaller pieces; and it must not fill our memory.
+            if all.len() as u64 > range.len() / LEAST_STRETCH_BYTES + 2 {
+                return Err(LinkError::Refused(Errno::EIO));
+            }
         }
         Ok(all)
     }

@@ -63,11 +63,11 @@ impl FileIo {
             stretches.push(len, pages > 0);
             return Ok(pages);
         }
-        let half = (range.start + len / 2).next_multiple_of(PIECE_BYTES).min(range.end);
+        // Within the range, since that is longer than a piece.
+        let whole = |at: u64| at / PIECE_BYTES * PIECE_BYTES;
+        let half = whole(range.start + len / 2).max(whole(range.start) + PIECE_BYTES);
         self.look(range.start..half, stretches)?;
-        if half < range.end {
-            self.look(half..range.end, stretches)?;
-        }
+        self.look(half..range.end, stretches)?;
         Ok(pages)
     }
 
@@ -134,6 +134,19 @@ mod tests {
         let told = io.cached(0..100 * MIB, 100).unwrap();
         assert_eq!(told, [(3 * MIB, false), (256 << 10, true), (97 * MIB - (256 << 10), false)]);
         assert_eq!(io.cached(3 * MIB..3 * MIB + 4096, 100).unwrap(), [(4096, true)]);
+        // The middle lies in the last piece, and that is not there.
+        let odd = 3 * MIB + (244 << 10)..3 * MIB + (272 << 10);
+        assert_eq!(io.cached(odd, 100).unwrap(), [(12 << 10, true), (16 << 10, false)]);
+        // Ranges that begin and end anywhere, and are there in part.
+        for start in (3 * MIB - 40_000..3 * MIB - 17_000).step_by(1111) {
+            for end in (3 * MIB + 1..3 * MIB + 300_000).step_by(7777) {
+                let told = io.cached(start..end, 100).unwrap();
+                assert_eq!(told.iter().map(|(len, _)| len).sum::<u64>(), end - start, "{start}..{end}: {told:?}");
+                let first = 3 * MIB - start;
+                let there = (end - 3 * MIB).next_multiple_of(PIECE_BYTES).min(256 << 10).min(end - 3 * MIB);
+                assert_eq!(told[..2], [(first, false), (there, true)], "{start}..{end}");
+            }
+        }
         let few = io.cached(0..100 * MIB, 2).unwrap();
         assert_eq!(few, told[..2], "as many as there is room for");
         assert!(FileIo::from(std::fs::File::open("/dev/null").unwrap()).cached(0..4096, 1).is_ok_and(|s| !s[0].1));

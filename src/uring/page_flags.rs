@@ -1,8 +1,9 @@
 //! What the kernel knows of single pages of a file: were they used since they came into the page cache?
 //!
-//! A page that is read or written is marked as referenced, and later as active; one that was only read ahead is neither. The
-//! marks are in /proc/kpageflags, by page frame; which frame has which page of a file is in /proc/self/pagemap, of pages that
-//! are mapped. (The kernel's Documentation/admin-guide/mm/pagemap.rst.)
+//! A page that is read is marked as referenced, and later as active; one that was only read ahead is neither. (One that is
+//! written is not, but is dirty for a while.) The marks are in /proc/kpageflags, by page frame; which frame has which page of
+//! a file is in /proc/self/pagemap, of pages that are mapped. (The kernel's Documentation/admin-guide/mm/pagemap.rst.) They
+//! are those of a folio, of many pages on some file systems; before Linux 6.10 its first page alone shows them.
 
 use std::fs::File;
 use std::io;
@@ -16,6 +17,7 @@ use nix::errno::Errno;
 use nix::libc;
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MapFlags, MmapAdvise, ProtFlags, madvise, mmap, munmap};
+use nix::unistd::{SysconfVar, sysconf};
 
 use super::file::PAGE_BYTES;
 
@@ -25,8 +27,8 @@ const ENTRY_BYTES: u64 = 8;
 const PRESENT: u64 = 1 << 63;
 /// And where: zero for those who may not know.
 const FRAME: u64 = (1 << 55) - 1;
-/// KPF_REFERENCED and KPF_ACTIVE of `<linux/kernel-page-flags.h>`.
-const USED: u64 = 1 << 2 | 1 << 6;
+/// KPF_REFERENCED, KPF_DIRTY, KPF_ACTIVE and KPF_WRITEBACK of `<linux/kernel-page-flags.h>`.
+const USED: u64 = 1 << 2 | 1 << 4 | 1 << 6 | 1 << 8;
 /// Pages that the kernel maps at a time (fault_around_bytes, by default).
 const FAULT_AROUND: usize = 16;
 /// Most that one call takes (UIO_MAXIOV of `<linux/uio.h>`).
@@ -40,8 +42,11 @@ pub(super) struct PageFlags {
 }
 
 impl PageFlags {
-    /// Fails for everybody but root.
+    /// Fails for everybody but root, and where pages have another size than ours.
     pub(super) fn open() -> io::Result<Self> {
+        if sysconf(SysconfVar::PAGE_SIZE)? != Some(PAGE_BYTES as libc::c_long) {
+            return Err(io::ErrorKind::Unsupported.into());
+        }
         Ok(Self {
             flags: File::open("/proc/kpageflags")?,
             pagemap: File::open("/proc/self/pagemap")?,
@@ -120,7 +125,7 @@ impl Window {
         self.start.addr().get() as u64 / PAGE_BYTES as u64
     }
 
-    /// Has pages mapped: by the kernel, which fetches a byte of each, so that one that has gone meanwhile is an error.
+    /// Has pages mapped: by the kernel, which fetches a byte of each, so that one behind the file's new end is an error.
     /// (MADV_POPULATE_READ would map them, too, and would mark them as referenced.)
     fn fault_in(&self, pages: impl Iterator<Item = usize>, bin: &OwnedFd) -> io::Result<()> {
         let bytes_of =

@@ -8,6 +8,8 @@ use std::ops::Range;
 use std::os::fd::AsFd;
 use std::time::Duration;
 
+use async_lock::Mutex;
+
 use super::cached::{FIRST_BYTES, PIECE_BYTES, Stretches};
 use super::file::{FileIo, PAGE_BYTES};
 use super::page_flags::PageFlags;
@@ -25,7 +27,7 @@ pub enum Residency {
     Absent,
     /// Some of its pages are there.
     Cached,
-    /// Some of its pages are there and were read or written since they came.
+    /// Some of its pages are there, and were read since they came or are not written back yet.
     Used,
 }
 
@@ -37,56 +39,73 @@ impl FileIo {
 
     /// Stretches from the start of a range, their lengths in bytes, and how they stand with the page cache, in pieces of
     /// 16 KiB. At least one and at most `max`, perhaps short of the range's end. What was used is told to root alone, and
-    /// not of a file that is there as a whole: who read that, a copy or a machine, nobody knows. All else is
+    /// not of 64 MiB that are there as a whole: who read that, a copy or a machine, nobody knows. All else is
     /// [`Residency::Cached`] then. Fails where the system tells nothing.
     pub async fn residency(&self, range: Range<u64>, max: usize) -> io::Result<Vec<(u64, Residency)>> {
-        let flags = PageFlags::open().ok();
+        let _turn = TURN.lock().await;
+        let mut looks = Looks { flags: PageFlags::open().ok(), last: None, left: MOST_LOOKS };
         let mut stretches = Stretches::new(max);
-        let mut looks = MOST_LOOKS;
         let mut at = range.start;
-        for (len, is_cached) in self.cached(range, max)? {
-            let end = at + len;
-            let Some(flags) = flags.as_ref().filter(|_| is_cached) else {
-                stretches.push(len, if is_cached { Residency::Cached } else { Residency::Absent });
+        while at < range.end && stretches.has_room() && looks.left > 0 {
+            let until = range.end.min((at / FIRST_BYTES + 1) * FIRST_BYTES);
+            let told = self.cached(at..until, usize::MAX)?;
+            let is_whole = told == [(FIRST_BYTES, true)];
+            for (len, is_cached) in told {
+                let end = at + len;
+                if is_cached && !is_whole && looks.flags.is_some() {
+                    self.look_at_use(at..end, &mut looks, &mut stretches).await;
+                    if looks.left == 0 {
+                        return Ok(stretches.found());
+                    }
+                } else {
+                    stretches.push(len, if is_cached { Residency::Cached } else { Residency::Absent });
+                }
                 at = end;
-                continue;
-            };
-            while at < end && stretches.has_room() {
-                let whole = (at / FIRST_BYTES + 1) * FIRST_BYTES;
-                if at.is_multiple_of(FIRST_BYTES) && whole <= end {
-                    stretches.push(FIRST_BYTES, Residency::Cached);
-                    at = whole;
-                    continue;
-                }
-                if looks == 0 {
-                    return Ok(stretches.found());
-                }
-                looks -= 1;
-                let until = end.min((at / LOOK_BYTES + 1) * LOOK_BYTES);
-                self.look_at_use(flags, at..until, &mut stretches);
-                at = until;
-                sleep(Duration::ZERO).await;
             }
+            sleep(Duration::ZERO).await;
         }
         Ok(stretches.found())
     }
 
-    fn look_at_use(&self, flags: &PageFlags, range: Range<u64>, stretches: &mut Stretches<Residency>) {
+    /// Of a range that is there at least in part; ends where no look is left.
+    async fn look_at_use(&self, range: Range<u64>, looks: &mut Looks, stretches: &mut Stretches<Residency>) {
         let page_bytes = PAGE_BYTES as u64;
-        let first = range.start / page_bytes;
-        let used = flags.used(self.fd.as_fd(), first..range.end.div_ceil(page_bytes)).unwrap_or_else(|e| {
-            log::debug!("which pages were used is not told: {e}");
-            Vec::new()
-        });
         let mut at = range.start;
         while at < range.end {
+            let window = at / LOOK_BYTES;
+            if looks.last.as_ref().is_none_or(|(last, _)| *last != window) {
+                if looks.left == 0 {
+                    return;
+                }
+                looks.left -= 1;
+                sleep(Duration::ZERO).await;
+                let pages = window * LOOK_BYTES / page_bytes..(window + 1) * LOOK_BYTES / page_bytes;
+                let used = looks.flags.as_ref().map(|flags| flags.used(self.fd.as_fd(), pages));
+                let used = used.transpose().unwrap_or_else(|e| {
+                    log::debug!("which pages were used is not told: {e}");
+                    None
+                });
+                looks.last = Some((window, used.unwrap_or_default()));
+            }
+            let (_, used) = looks.last.as_ref().expect("it has just been looked at");
             let end = range.end.min((at / PIECE_BYTES + 1) * PIECE_BYTES);
+            let first = window * LOOK_BYTES / page_bytes;
             let mut pages = at / page_bytes - first..end.div_ceil(page_bytes) - first;
             let is_used = pages.any(|page| used.get(page as usize).copied().unwrap_or_default());
             stretches.push(end - at, if is_used { Residency::Used } else { Residency::Cached });
             at = end;
         }
     }
+}
+
+/// One question at a time, whoever asks: they are hints, and each takes descriptors and time.
+static TURN: Mutex<()> = Mutex::new(());
+
+struct Looks {
+    flags: Option<PageFlags>,
+    /// The last window of [`LOOK_BYTES`], by number, and which of its pages were used.
+    last: Option<(u64, Vec<bool>)>,
+    left: usize,
 }
 
 #[cfg(test)]
@@ -137,7 +156,14 @@ mod tests {
             assert_eq!(told(&io, 0..80 * MIB, 100), all);
         }
         assert_eq!(told(&io, 3 * MIB + 5..3 * MIB + 4099, 100), [(4094, used)]);
-        assert_eq!(told(&io, 0..80 * MIB, 2), all[..2], "as many as there is room for");
+        for max in 1..5 {
+            assert_eq!(told(&io, 0..80 * MIB, max), all[..max], "as many as there is room for");
+        }
+        for (start, end) in [(3 * MIB - 5, 3 * MIB + 100_000), (3 * MIB - 20_001, 3 * MIB + 1), (1, 80 * MIB - 1)] {
+            let found = told(&io, start..end, 100);
+            assert_eq!(found.iter().map(|(len, _)| len).sum::<u64>(), end - start, "{found:?}");
+            assert_eq!((found[0], found[1].1), ((3 * MIB - start, Residency::Absent), used), "{found:?}");
+        }
     }
 
     #[test]
