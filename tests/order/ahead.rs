@@ -55,10 +55,11 @@ fn the_third_equal_step_brings_the_next_ones_and_nothing_between() {
     let leap = |number: u64| FAR + number * 150;
     let reads: Vec<u64> = (0..4).map(leap).collect();
     assert_eq!(far_reads("auto", &reads), (0..6).map(|number| (leap(number), 1)).collect::<Vec<_>>());
-    // Back, and more each time: at least four for the seventh, more if a read came before what was asked for ahead of it.
+    // Back. The sixth place is as far as the fourth read asks. A later one asks for four and more, whichever it is: the
+    // fifth or the sixth, if it comes before what was asked for ahead of it, or else the seventh.
     let leap = |number: u64| FAR + 1500 - number * 150;
     let runs = far_reads("auto", &(0..7).map(leap).collect::<Vec<_>>());
-    assert!(runs.len() >= 11, "{runs:?}");
+    assert!(runs.len() >= 9, "{runs:?}");
     assert_eq!(runs, (0..runs.len() as u64).map(|number| (leap(number), 1)).collect::<Vec<_>>());
 }
 
