@@ -21,7 +21,8 @@ const TIMES: u64 = 2000;
 
 fn new_engine() -> Engine {
     let geometry = Geometry::new(DISK_BYTES, BLOCK_BYTES).expect("a valid size");
-    let config = EngineConfig { max_fetch_bytes: FETCH_BYTES, questions: None, compact: false };
+    let config =
+        EngineConfig { max_fetch_bytes: FETCH_BYTES, questions: None, compact: false, max_zero_bytes: u64::MAX };
     Engine::new(Maps::in_memory(geometry), config)
 }
 

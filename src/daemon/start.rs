@@ -222,7 +222,8 @@ fn start_on(
         &facts,
     )?;
     cache.notes.iter().for_each(|note| log::warn!("{}: {note}", places.metadata.display()));
-    let engine = Engine::new(cache.maps.clone(), engine_config(hello.as_ref()));
+    let punches_holes = cache.data.punches_holes(facts.size_bytes);
+    let engine = Engine::new(cache.maps.clone(), engine_config(hello.as_ref(), punches_holes));
     let (commits, requests) = crossbeam::channel::unbounded();
     let superblock = cache.store.superblock().clone();
     expect(&fetch.source_side(), &superblock, hello.as_ref())?;
@@ -243,7 +244,7 @@ fn start_on(
     }
     let commit = CommitThread::start(core.clone(), cache.store, requests);
     let commit = commit.map_err(|e| DaemonError::Io("cannot start the commit thread", e))?;
-    let fast_zero = cache.data.punches_holes(core.geometry().size_bytes());
+    let fast_zero = punches_holes;
     let file = cache.data.io().clone();
     let mut serve = ServeStats::default();
     let frontend = match door {

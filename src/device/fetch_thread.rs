@@ -17,6 +17,9 @@ use crate::nbd::{Standing, Uri};
 use crate::remote::{Beforehand, DialError, LossPolicy, Source, SourceStats};
 use crate::uring::{FileIo, Mailbox, Reactor, UringError};
 
+/// Zeros that are written at once where the cache cannot take a hole: a fraction of a second on most disks.
+const MAX_WRITTEN_ZERO_BYTES: u64 = 8 << 20;
+
 /// What the source said when it was opened.
 #[derive(Clone, Debug)]
 pub struct SourceHello {
@@ -139,13 +142,15 @@ impl SourceHello {
     }
 }
 
-/// What the engine must know of a source, or of there being none.
-pub fn engine_config(hello: Option<&SourceHello>) -> EngineConfig {
+/// What the engine must know of a source, or of there being none, and of a cache: can it turn a range into zeros without
+/// writing them?
+pub fn engine_config(hello: Option<&SourceHello>, punches_holes: bool) -> EngineConfig {
     let asked = |hello: &SourceHello| if hello.takes_several { Questions::AHEAD } else { Questions::SHARED };
     EngineConfig {
         max_fetch_bytes: hello.map_or(MAX_FETCH_BYTES, |hello| hello.max_read_bytes.min(MAX_FETCH_BYTES)),
         questions: hello.filter(|hello| hello.tells_extents).map(asked),
         compact: hello.is_some_and(|hello| hello.sends_holes),
+        max_zero_bytes: if punches_holes { u64::MAX } else { MAX_WRITTEN_ZERO_BYTES },
     }
 }
 

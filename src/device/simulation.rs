@@ -55,7 +55,7 @@ impl Simulated {
     ) -> Result<Self, StartError> {
         let source = Source::open(uri.clone(), policy, Beforehand { keeps_up: true, known_ferry: false }).await?;
         let hello = SourceHello::of(&source);
-        let config = engine_config(Some(&hello));
+        let config = engine_config(Some(&hello), true);
         let (size_bytes, identity) = (hello.size_bytes, hello.identity);
         let facts = SourceFacts { uri: uri.to_string(), size_bytes, identity, disk: None };
         let cache = Cache::open(&options, &facts)?;

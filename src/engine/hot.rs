@@ -71,6 +71,8 @@ impl Hot {
 
     fn add_ranges(&mut self, geometry: Geometry, ranges: &[ByteRange], heat: Heat) {
         let runs = ranges.iter().map(|range| geometry.covering(*range).clip(geometry.all()));
+        // What lies beyond the end of the disk is next to nothing on it.
+        let runs = runs.filter(|run| !run.is_empty());
         runs.clone().for_each(|run| self.add_run(run, heat));
         for (before, after) in runs.clone().zip(runs.skip(1)) {
             if before.end < after.start && after.start - before.end <= geometry.blocks_in(GAP_BYTES).get() {
@@ -218,6 +220,16 @@ mod tests {
         let next = || hot.next(&maps, &inflight, MAX, |_| None);
         let found: Vec<_> = std::iter::from_fn(next).map(|run| (run.start, run.end)).collect();
         assert_eq!(found, [(16, 17), (29, 30), (999, 1000), (30, 31), (32, 33), (11, 15), (15, 16)]);
+    }
+
+    #[test]
+    fn nothing_lies_beyond_the_end_of_the_disk() {
+        let (geometry, maps) = disk();
+        let mut hot = Hot::default();
+        hot.add(geometry, &in_memory(&[bytes(990, 998), bytes(1003, 1010), bytes(1 << 40, 1 << 41)]));
+        let next = || hot.next(&maps, &Inflight::default(), NonZeroU64::new(64).unwrap(), |_| None);
+        let found: Vec<_> = std::iter::from_fn(next).map(|run| (run.start, run.end)).collect();
+        assert_eq!(found, [(990, 998)]);
     }
 
     #[test]

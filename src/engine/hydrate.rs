@@ -67,10 +67,12 @@ pub(super) struct Planner {
     failed: bool,
     /// Runs of zeros since something else was done.
     zeros: u32,
+    /// Most blocks of one.
+    max_zeros: NonZeroU64,
 }
 
 impl Planner {
-    pub(super) fn new(questions: Option<Questions>, compact: bool) -> Self {
+    pub(super) fn new(questions: Option<Questions>, compact: bool, max_zeros: NonZeroU64) -> Self {
         Self {
             hot: Hot::default(),
             cursor: 0,
@@ -81,6 +83,7 @@ impl Planner {
             has_asked: false,
             failed: false,
             zeros: 0,
+            max_zeros,
         }
     }
 
@@ -99,7 +102,7 @@ impl Planner {
     }
 
     fn next_zeros(&mut self, maps: &Maps, inflight: &Inflight) -> Option<BlockRun> {
-        self.survey.as_mut()?.next_zeros(maps, inflight)
+        self.survey.as_mut()?.next_zeros(maps, inflight, self.max_zeros)
     }
 
     fn next_in_turn(&mut self, maps: &Maps, inflight: &Inflight, max_fetch: NonZeroU64) -> Next {
@@ -167,7 +170,8 @@ impl Planner {
             Known::No if !asks => (until, false),
             Known::Asked(_) | Known::No => return Next::Wait,
         };
-        let end = if zero { end } else { end.min(start + max_fetch.get()) };
+        let most = if zero { self.max_zeros } else { max_fetch };
+        let end = end.min(start.saturating_add(most.get()));
         let run = BlockRun::new(start, maps.absent_until(start, end));
         self.cursor = run.end;
         self.behind_zeros = zero;
@@ -199,6 +203,8 @@ mod tests {
     use super::super::geometry::ByteRange;
     use super::*;
 
+    const ANY: NonZeroU64 = NonZeroU64::MAX;
+
     fn extent(len_bytes: u64, zero: bool) -> Extent {
         Extent { len_bytes, zero }
     }
@@ -211,7 +217,7 @@ mod tests {
     fn what_costs_nothing_if_it_is_a_hole_is_fetched_before_the_answer_comes() {
         let g = Geometry::new(20 * 4096, 4096).unwrap();
         let (maps, max) = (Maps::in_memory(g), g.blocks_in(4096 * 4));
-        let mut planner = Planner::new(Some(Questions::AHEAD), true);
+        let mut planner = Planner::new(Some(Questions::AHEAD), true, ANY);
         let none = Inflight::default();
         assert_eq!(planner.next(&maps, &none, max), Next::Query(g.all()));
         assert_eq!(planner.next(&maps, &none, max), Next::Fetch(BlockRun::new(0, 4)));
@@ -226,7 +232,7 @@ mod tests {
         let g = Geometry::new(400 * 4096, 4096).unwrap();
         let (maps, max) = (Maps::in_memory(g), g.blocks_in(4096 * 400));
         let mut inflight = Inflight::default();
-        let mut planner = Planner::new(Some(Questions::AHEAD), true);
+        let mut planner = Planner::new(Some(Questions::AHEAD), true, ANY);
         assert_eq!(planner.next(&maps, &inflight, max), Next::Query(g.all()));
         // A block of data, three of zeros, a hundred times over.
         let extents: Vec<_> = (0..200).map(|at| extent(4096 * [1, 3][at % 2], at % 2 == 1)).collect();
@@ -251,20 +257,37 @@ mod tests {
     }
 
     #[test]
+    fn zeros_that_have_to_be_written_are_stored_in_pieces() {
+        let g = Geometry::new(100 * 4096, 4096).unwrap();
+        let (maps, max, few) = (Maps::in_memory(g), g.blocks_in(4096 * 4), g.blocks_in(4096 * 16));
+        let none = Inflight::default();
+        for compact in [true, false] {
+            let mut planner = Planner::new(Some(Questions::AHEAD), compact, few);
+            assert_eq!(planner.next(&maps, &none, max), Next::Query(g.all()));
+            planner.answer(g, g.all(), &[extent(100 * 4096, true)]);
+            let runs: Vec<_> = (0..7).map(|_| planner.next(&maps, &none, max)).collect();
+            let wanted = (0..7).map(|at| Next::Zero(BlockRun::new(at * 16, 100.min(at * 16 + 16))));
+            assert_eq!(runs, wanted.collect::<Vec<_>>());
+            // What is found in its turn, too: they were all handed out before.
+            assert_eq!(planner.next(&maps, &none, max), Next::Zero(BlockRun::new(0, 16)));
+        }
+    }
+
+    #[test]
     fn of_little_nothing_is_asked() {
         let g = Geometry::new(64 * 4096, 4096).unwrap();
         let (maps, max, none) = (Maps::in_memory(g), g.blocks_in(4096 * 4), Inflight::default());
         maps.mark_present(BlockRun::new(4, 63));
         assert!(!maps.lacks_little(), "one more than the sixteenth part");
-        assert!(matches!(Planner::new(Some(Questions::AHEAD), true).next(&maps, &none, max), Next::Query(_)));
+        assert!(matches!(Planner::new(Some(Questions::AHEAD), true, ANY).next(&maps, &none, max), Next::Query(_)));
         maps.mark_present(BlockRun::new(0, 1));
         assert!(maps.lacks_little());
         assert_eq!(
-            Planner::new(Some(Questions::AHEAD), true).next(&maps, &none, max),
+            Planner::new(Some(Questions::AHEAD), true, ANY).next(&maps, &none, max),
             Next::Fetch(BlockRun::new(1, 4))
         );
         // Zeros that would cross as data are asked for all the same.
-        assert!(matches!(Planner::new(Some(Questions::AHEAD), false).next(&maps, &none, max), Next::Query(_)));
+        assert!(matches!(Planner::new(Some(Questions::AHEAD), false, ANY).next(&maps, &none, max), Next::Query(_)));
     }
 
     #[test]
@@ -272,7 +295,7 @@ mod tests {
         let g = Geometry::new(100 * 4096, 4096).unwrap();
         let (maps, max) = (Maps::in_memory(g), g.blocks_in(4096 * 4));
         let mut inflight = Inflight::default();
-        let mut planner = Planner::new(None, true);
+        let mut planner = Planner::new(None, true, ANY);
         let hot = |start: u64, end: u64| ByteRange { start: start * 4096, end: end * 4096 };
         planner.prefer(g, &used(&[hot(10, 16), hot(40, 43), hot(99, 120)]));
         maps.mark_present(BlockRun::new(10, 11));
@@ -281,14 +304,14 @@ mod tests {
         let fetch = |start, end| Next::Fetch(BlockRun::new(start, end));
         assert_eq!(next, [fetch(99, 100), fetch(40, 41), fetch(42, 43), fetch(11, 15), fetch(15, 16), fetch(0, 4)]);
         // What is known to be zeros is not asked for.
-        planner = Planner::new(Some(Questions::AHEAD), true);
+        planner = Planner::new(Some(Questions::AHEAD), true, ANY);
         assert_eq!(planner.next(&maps, &inflight, max), Next::Query(g.all()));
         planner.answer(g, g.all(), &[extent(34 * 4096, false), extent(2 * 4096, true), extent(64 * 4096, false)]);
         planner.prefer(g, &used(&[hot(32, 38)]));
         let next: Vec<Next> = (0..4).map(|_| planner.next(&maps, &inflight, max)).collect();
         assert_eq!(next, [Next::Zero(BlockRun::new(34, 36)), fetch(32, 34), fetch(36, 38), fetch(0, 4)]);
         // Where zeros cross as data they are not fetched before it is known that they are none.
-        let mut careful = Planner::new(Some(Questions::AHEAD), false);
+        let mut careful = Planner::new(Some(Questions::AHEAD), false, ANY);
         careful.prefer(g, &used(&[hot(10, 16)]));
         assert_eq!(careful.next(&maps, &inflight, max), Next::Query(g.all()));
     }
@@ -300,7 +323,7 @@ mod tests {
         let mut inflight = Inflight::default();
         maps.mark_present(BlockRun::new(0, 2));
         inflight.give(BlockRun::new(4, 6), super::super::inflight::Owner::Wire(super::super::FetchId(1)));
-        let mut planner = Planner::new(None, false);
+        let mut planner = Planner::new(None, false, ANY);
         let max = g.blocks_in(4096 * 5);
         let mut seen = Vec::new();
         while let Next::Fetch(run) = planner.next(&maps, &inflight, max) {

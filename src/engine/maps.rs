@@ -323,9 +323,17 @@ impl Maps {
     }
 }
 
+#[cfg(test)]
+thread_local! {
+    /// How many words searches have looked at: what is cheap on any disk must not go through all of its map.
+    pub(super) static WORDS_SEEN: std::cell::Cell<u64> = const { std::cell::Cell::new(0) };
+}
+
 /// The first block of a range whose bit is set in what `wanted` makes of the words.
 fn find_in(words: &[AtomicU64], from: u64, limit: u64, wanted: impl Fn(u64) -> u64) -> Option<u64> {
     masks(BlockRun::new(from, limit)).find_map(|(word, mask)| {
+        #[cfg(test)]
+        WORDS_SEEN.set(WORDS_SEEN.get() + 1);
         let hits = wanted(words[word].load(Ordering::Acquire)) & mask;
         (hits != 0).then(|| word as u64 * 64 + u64::from(hits.trailing_zeros()))
     })

@@ -25,6 +25,9 @@ pub struct EngineConfig {
     pub questions: Option<Questions>,
     /// Does it send zeros as holes when they are read, at next to no cost?
     pub compact: bool,
+    /// Most bytes of zeros that are stored at once in the background: requests for blocks among them wait meanwhile. Where
+    /// the cache takes a hole for nothing it is [`u64::MAX`].
+    pub max_zero_bytes: u64,
 }
 
 /// A fault planted on purpose, to prove that the tests would see it.
@@ -93,7 +96,7 @@ impl Engine {
     /// An engine on these maps, with nothing in flight.
     pub fn new(maps: Maps, config: EngineConfig) -> Self {
         Self {
-            planner: Planner::new(config.questions, config.compact),
+            planner: Planner::new(config.questions, config.compact, maps.geometry().blocks_in(config.max_zero_bytes)),
             readahead: Readahead::default(),
             ahead_blocks: 0,
             maps,

@@ -12,6 +12,7 @@
 //! at most [`MAX_TOLD`] runs are remembered, the nearest ones: what is further is asked again in its turn.
 
 use std::collections::BTreeMap;
+use std::num::NonZeroU64;
 
 use super::geometry::{BlockRun, ByteRange, Geometry};
 use super::inflight::Inflight;
@@ -161,16 +162,18 @@ impl Survey {
         runs.next().map(|(&start, &(end, _))| BlockRun::new(start, end))
     }
 
-    /// The next zeros that were told of, wherever the cursor is, of which nothing is here or on its way.
-    pub(super) fn next_zeros(&mut self, maps: &Maps, inflight: &Inflight) -> Option<BlockRun> {
+    /// The next zeros that were told of, wherever the cursor is, of which nothing is here or on its way; so many at most.
+    pub(super) fn next_zeros(&mut self, maps: &Maps, inflight: &Inflight, max: NonZeroU64) -> Option<BlockRun> {
         while let Some(zeros) = self.zeros_in(self.zeros_from, u64::MAX) {
-            let absent = maps.next_absent(zeros.start.max(self.zeros_from)).filter(|&start| start < zeros.end);
-            let Some(start) = absent else {
+            // No further than they go: where the rest of the disk is here that would be all of the map, each time.
+            let start = maps.present_until(zeros.start.max(self.zeros_from), zeros.end);
+            if start == zeros.end {
                 self.zeros_from = zeros.end;
                 continue;
-            };
+            }
             let (owner, until) = inflight.look(start);
-            let run = BlockRun::new(start, maps.absent_until(start, until.min(zeros.end)));
+            let until = until.min(zeros.end).min(start.saturating_add(max.get()));
+            let run = BlockRun::new(start, maps.absent_until(start, until));
             self.zeros_from = run.end;
             if owner.is_none() {
                 return Some(run);

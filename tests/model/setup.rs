@@ -41,7 +41,12 @@ impl Setup {
         let geometry = Geometry::new(blocks.len() as u64 * 4096, 4096).expect("a valid size");
         Self {
             geometry,
-            config: EngineConfig { max_fetch_bytes: max_fetch_blocks * 4096, questions: None, compact: false },
+            config: EngineConfig {
+                max_fetch_bytes: max_fetch_blocks * 4096,
+                questions: None,
+                compact: false,
+                max_zero_bytes: u64::MAX,
+            },
             source_zero: vec![false; blocks.len() * 8],
             birth: Arc::new(Birth::new(geometry, first_pages(&blocks))),
             blocks,
@@ -68,7 +73,8 @@ impl Setup {
             let few = Questions { bytes: block_bytes * (1 + size_bytes / 512 % 5), at_once: 1 + (blocks % 4) as usize };
             if (size_bytes / 4096).is_multiple_of(2) { Questions::AHEAD } else { few }
         });
-        let config = EngineConfig { max_fetch_bytes, questions, compact: rng.percent(50) };
+        let max_zero_bytes = if rng.percent(50) { u64::MAX } else { 4096 << rng.below(4) };
+        let config = EngineConfig { max_fetch_bytes, questions, compact: rng.percent(50), max_zero_bytes };
         let in_use = rng.percent(40);
         let states = [Initial::Absent, Initial::Absent, Initial::Fetched, Initial::Dirty];
         let state = |rng: &mut Rng| if in_use { rng.one_of(&states) } else { Initial::Absent };

@@ -186,3 +186,20 @@ fn what_is_known_is_what_was_told() {
         }
     }
 }
+
+#[test]
+fn zeros_that_are_here_already_are_not_looked_for_in_the_rest_of_the_disk() {
+    // 64 GiB of which one block could not be read. It is asked about again, and what lies behind it is told again.
+    let blocks = 64 << 18;
+    let (g, maps) = disk(blocks);
+    maps.mark_present(BlockRun::new(1, blocks));
+    let asked = BlockRun::new(0, 8192);
+    let mut survey = survey(asked.len(), 8);
+    assert_eq!(survey.ask(&maps, 0), Some(asked));
+    let extents: Vec<_> = (0..asked.len()).map(|at| extent(BLOCK, at % 2 == 1)).collect();
+    survey.answer(g, asked, &extents);
+    let before = super::super::maps::WORDS_SEEN.get();
+    assert_eq!(survey.next_zeros(&maps, &Inflight::default(), NonZeroU64::MAX), None);
+    let seen = super::super::maps::WORDS_SEEN.get() - before;
+    assert!(seen <= 2 * asked.len(), "{seen} words for {} runs of zeros", asked.len() / 2);
+}

@@ -64,7 +64,7 @@ pub struct Host {
 fn engine_on(geometry: Geometry, recovered: &Recovered) -> Engine {
     let words: Box<[_]> = std::iter::repeat_with(Default::default).take(Maps::words_needed(geometry)).collect();
     recovered.pages.iter().for_each(|image| load_page(&words, image));
-    let config = EngineConfig { max_fetch_bytes: 64 << 10, questions: None, compact: false };
+    let config = EngineConfig { max_fetch_bytes: 64 << 10, questions: None, compact: false, max_zero_bytes: u64::MAX };
     Engine::new(Maps::new(geometry, Box::new(words)), config)
 }
 
