@@ -50,7 +50,13 @@ impl Source {
         let mut answers = stream::iter(ranges.map(|range| hot_in(&link.0, range))).buffered(QUESTIONS);
         while let Some(answer) = answers.next().await {
             match answer {
-                Ok(ranges) => ranges.into_iter().for_each(&found),
+                Ok(portions) => {
+                    for ranges in portions {
+                        found(ranges);
+                        // Data that somebody waits for may have come meanwhile.
+                        sleep(Duration::ZERO).await;
+                    }
+                }
                 Err(e) => {
                     log::debug!("what is hot at the source is not told: {e:?}");
                     break;

@@ -49,6 +49,8 @@ pub(super) enum LinkFailure {
     UnknownCookie(u64),
     #[error("the source answered with a {0:?} chunk, which this request does not have")]
     UnexpectedChunk(ChunkKind),
+    #[error("the source answers a question of ours with {0} bytes at once, which is more than it may")]
+    TooLong(usize),
 }
 
 type Answer<T> = oneshot::Sender<Result<T, LinkError>>;
@@ -59,6 +61,8 @@ pub(super) struct Asked {
     cookie: u64,
 }
 
+/// Longest chunk of a context of our own: 65,536 stretches.
+const MAX_MARKED_BYTES: usize = 4 + 8 * (64 << 10);
 /// Smallest piece that a context of our own tells of, a block or a page, but for the ends of a range.
 const LEAST_STRETCH_BYTES: u64 = 4096;
 
@@ -201,6 +205,16 @@ impl Link {
             _ => None,
         });
         reads.min_by_key(|(cookie, _)| **cookie).map(|(_, range)| range)
+    }
+
+    /// All reads that it owes.
+    pub(super) fn awaited_reads(&self) -> Vec<ByteRange> {
+        let pending = self.inner.pending.borrow();
+        let reads = pending.values().filter_map(|pending| match &pending.waiting {
+            Waiting::Read { read, .. } => Some(read.range()),
+            _ => None,
+        });
+        reads.chain(self.inner.incoming.get()).collect()
     }
 
     /// Waits for the end of the link.

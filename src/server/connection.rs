@@ -20,6 +20,12 @@ use crate::uring::{Budget, BufferedReader, Connection, Lent, Mailbox, Part, slee
 
 /// Receive buffer: many requests, or the payload of a small write.
 const READER_BYTES: usize = 64 << 10;
+/// What a question about hashes reads at a time.
+const HASHED_BYTES: usize = 1 << 20;
+/// An extent in an answer (spec: "length" and "status flags", 32 bits each).
+const EXTENT_BYTES: usize = 8;
+/// Questions about what is hot that one client may have under way: as many as ours has.
+const MAX_HOT_QUESTIONS: usize = 16;
 /// Stretches in one answer to the question what was written since.
 const CHANGED_STRETCHES: usize = 64 << 10;
 /// Parts sent with one system call, across replies.
@@ -55,6 +61,8 @@ struct Lendable {
     requests: Budget,
     bytes: Budget,
     waiting_bytes: Budget,
+    /// Questions about what is hot.
+    hot: Budget,
 }
 
 /// What the requests of one connection share.
@@ -96,6 +104,7 @@ pub(super) async fn run<D: Disk>(
         requests: Budget::new(MAX_REQUESTS),
         bytes: Budget::new(MAX_BYTES),
         waiting_bytes: Budget::new(MAX_WAITING_BYTES),
+        hot: Budget::new(MAX_HOT_QUESTIONS),
     };
     let gone = Cell::new(false);
     let context = Rc::new(Context { lendable, disk, session, limits, replies, stats, gone });
@@ -171,15 +180,27 @@ async fn read_requests<D: Disk>(reader: &mut BufferedReader, context: &Rc<Contex
         }
         let context = context.clone();
         spawn(async move {
-            // A read takes its bytes here, not where requests are read: while it waits for room, others go on.
-            if request.command == Command::Read && verdict.is_ok() {
-                bytes_share = Some(context.take_read_bytes(&request).await);
+            // What is answered takes its bytes here, not where requests are read: while it waits for room, others go on.
+            let only_looks = matches!(
+                request.command,
+                Command::Read | Command::BlockStatus | Command::FerryHash | Command::FerryChanged
+            );
+            let mut turn = None;
+            if only_looks && verdict.is_ok() {
+                bytes_share = Some(context.take_reply_bytes(&request).await);
+                if request.command == Command::BlockStatus && context.session.hot.is_some() {
+                    turn = Some(context.lendable.hot.take(1).await);
+                }
             }
             let parts = match verdict {
                 Err(error) => replies::done(context.session.structured, request.cookie, Err(error)),
-                Ok(()) if request.command == Command::Read && context.gone.get() => Vec::new(),
+                Ok(()) if only_looks && context.gone.get() => Vec::new(),
                 Ok(()) => answer(&context, request, payload).await,
             };
+            drop(turn);
+            // Less may have been found than there was room for.
+            let len = parts.iter().map(Part::len).sum();
+            bytes_share.iter_mut().filter(|_| only_looks).for_each(|share| share.keep(len));
             context.replies.send(Reply { parts, _shares: Shares { _request: request_share, _bytes: bytes_share } });
         })
         .detach();
@@ -187,11 +208,22 @@ async fn read_requests<D: Disk>(reader: &mut BufferedReader, context: &Rc<Contex
 }
 
 impl<D: Disk> Context<D> {
-    async fn take_read_bytes(&self, request: &Request) -> Lent {
+    /// Room for the longest answer that there can be, and for what is read for it.
+    async fn take_reply_bytes(&self, request: &Request) -> Lent {
         let range = ByteRange::new(request.offset, u64::from(request.len));
-        let lendable = &self.lendable;
-        let budget = if self.disk.reads_at_once(range) { &lendable.bytes } else { &lendable.waiting_bytes };
-        budget.take(request.len as usize).await
+        let Lendable { bytes, waiting_bytes, .. } = &self.lendable;
+        let len = request.len as usize;
+        match request.command {
+            Command::Read if self.disk.reads_at_once(range) => bytes.take(len).await,
+            Command::Read => waiting_bytes.take(len).await,
+            Command::FerryHash => waiting_bytes.take(HASHED_BYTES + len / HASH_PIECE_BYTES as usize * 32).await,
+            Command::FerryChanged => waiting_bytes.take(CHANGED_STRETCHES * EXTENT_BYTES).await,
+            _ => {
+                let contexts =
+                    usize::from(self.session.base_allocation.is_some()) + usize::from(self.session.hot.is_some());
+                waiting_bytes.take(contexts * most_extents(request) * EXTENT_BYTES).await
+            }
+        }
     }
 }
 
@@ -214,13 +246,10 @@ async fn answer<D: Disk>(context: &Context<D>, request: Request, payload: Vec<u8
             disk.zero(range, fua, keep_allocated, flags.contains(CommandFlags::FAST_ZERO)).await
         }
         Command::Cache => disk.prefetch(range).await,
-        Command::BlockStatus => {
-            let max = if flags.contains(CommandFlags::REQ_ONE) { 1 } else { MAX_EXTENTS.min(8192) };
-            match block_status(context, range, max).await {
-                Ok(contexts) => return replies::block_status(cookie, &contexts),
-                Err(error) => Err(error),
-            }
-        }
+        Command::BlockStatus => match block_status(context, range, most_extents(&request)).await {
+            Ok(contexts) => return replies::block_status(cookie, &contexts),
+            Err(error) => Err(error),
+        },
         Command::FerryHash => match disk.hashes(range, HASH_PIECE_BYTES).await {
             Ok(hashes) => return replies::hashes(cookie, offset, HASH_PIECE_BYTES, &hashes),
             Err(error) => Err(error),
@@ -240,6 +269,10 @@ async fn answer<D: Disk>(context: &Context<D>, request: Request, payload: Vec<u8
         Command::Disc | Command::Unknown(_) => Err(NbdError::Inval),
     };
     replies::done(structured, cookie, result)
+}
+
+fn most_extents(request: &Request) -> usize {
+    if request.flags.contains(CommandFlags::REQ_ONE) { 1 } else { MAX_EXTENTS.min(8192) }
 }
 
 /// For each context that was selected its id and extents (spec: "one chunk for each metadata context").

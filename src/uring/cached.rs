@@ -71,7 +71,7 @@ impl FileIo {
         Ok(pages)
     }
 
-    fn cached_pages(&self, range: &Range<u64>) -> io::Result<u64> {
+    pub(super) fn cached_pages(&self, range: &Range<u64>) -> io::Result<u64> {
         let asked = CachestatRange { offset: range.start, len: range.end - range.start };
         let mut told = Cachestat::default();
         // SAFETY: both structures are those of the kernel's interface and live until the call returns; it writes
@@ -94,6 +94,11 @@ impl<T: PartialEq> Stretches<T> {
 
     pub(super) fn has_room(&self) -> bool {
         self.found.len() < self.max
+    }
+
+    /// Is there one that there was no room for? Until then the last one may still grow.
+    pub(super) fn is_over(&self) -> bool {
+        self.found.len() > self.max
     }
 
     pub(super) fn push(&mut self, len: u64, state: T) {

@@ -17,6 +17,8 @@ use super::sleep;
 
 /// Looked at in one breath, before others have their turn: less than a millisecond.
 const LOOK_BYTES: u64 = 1 << 20;
+/// Looked through for what is there at all in one breath.
+const BREATH_BYTES: u64 = 4 << 20;
 /// Looks that one question takes.
 const MOST_LOOKS: usize = 256;
 
@@ -48,30 +50,54 @@ impl FileIo {
         let mut at = range.start;
         while at < range.end && stretches.has_room() && looks.left > 0 {
             let until = range.end.min((at / FIRST_BYTES + 1) * FIRST_BYTES);
-            let told = self.cached(at..until, usize::MAX)?;
-            let is_whole = told == [(FIRST_BYTES, true)];
-            for (len, is_cached) in told {
-                let end = at + len;
-                if is_cached && !is_whole && looks.flags.is_some() {
-                    self.look_at_use(at..end, &mut looks, &mut stretches).await;
-                    if looks.left == 0 {
-                        return Ok(stretches.found());
+            match self.cached_pages(&(at..until))? {
+                0 => stretches.push(until - at, Residency::Absent),
+                pages if pages >= FIRST_BYTES / PAGE_BYTES as u64 => stretches.push(until - at, Residency::Cached),
+                _ => {
+                    self.look_closely(at..until, &mut looks, &mut stretches).await?;
+                    if looks.left == 0 || stretches.is_over() {
+                        break;
                     }
+                }
+            }
+            at = until;
+            sleep(Duration::ZERO).await;
+        }
+        Ok(stretches.found())
+    }
+
+    /// Of a range that is there in part; ends where no look is left, or no room.
+    async fn look_closely(
+        &self,
+        range: Range<u64>,
+        looks: &mut Looks,
+        stretches: &mut Stretches<Residency>,
+    ) -> io::Result<()> {
+        let mut at = range.start;
+        while at < range.end {
+            let until = range.end.min((at / BREATH_BYTES + 1) * BREATH_BYTES);
+            for (len, is_cached) in self.cached(at..until, usize::MAX)? {
+                let end = at + len;
+                if is_cached && looks.flags.is_some() {
+                    self.look_at_use(at..end, looks, stretches).await;
                 } else {
                     stretches.push(len, if is_cached { Residency::Cached } else { Residency::Absent });
+                }
+                if looks.left == 0 || stretches.is_over() {
+                    return Ok(());
                 }
                 at = end;
             }
             sleep(Duration::ZERO).await;
         }
-        Ok(stretches.found())
+        Ok(())
     }
 
     /// Of a range that is there at least in part; ends where no look is left.
     async fn look_at_use(&self, range: Range<u64>, looks: &mut Looks, stretches: &mut Stretches<Residency>) {
         let page_bytes = PAGE_BYTES as u64;
         let mut at = range.start;
-        while at < range.end {
+        while at < range.end && !stretches.is_over() {
             let window = at / LOOK_BYTES;
             if looks.last.as_ref().is_none_or(|(last, _)| *last != window) {
                 if looks.left == 0 {

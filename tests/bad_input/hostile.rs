@@ -4,15 +4,15 @@
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use blkferry::nbd::option_data::{InfoKind, InfoRequest, MetaContextRequest};
 use blkferry::nbd::{
     BASE_ALLOCATION, ClientFlags, Command, CommandFlags, OptionKind, OptionReplyHeader, OptionReplyKind, Request,
-    put_option,
+    Wants, put_option,
 };
 
-use crate::client::dial;
+use crate::client::{dial, shake_hands};
 use crate::common::{BLKFERRY, Export, World, make_image, noise};
 use crate::target::Target;
 
@@ -263,6 +263,43 @@ fn all(target: &Target<'_>) {
     answers_that_nobody_reads(target);
     too_many_clients(target);
     a_crowd_that_says_nothing(target);
+}
+
+/// Asks a thousand times for half a mebibyte of hashes, which takes reading 64 GiB, reads none of them, and leaves.
+#[test]
+fn questions_whose_answers_nobody_reads() {
+    const RANGE: u64 = 64 << 20;
+    let world = World::new();
+    make_image(&world.path("image"), RANGE, &[]);
+    let export = quiet_export(&world);
+    let expected = vec![0; 1 << 20];
+    let target = Target { uri: &export.uri, pid: export.child.id() as i32, expected: &expected };
+    target.assert_good_client("nothing");
+    let before = target.usage();
+    let mut stream = dial(target.uri);
+    shake_hands(&mut stream, "", Wants { structured: true, ferry: true, ..Wants::default() });
+    let question =
+        Request { flags: CommandFlags::empty(), command: Command::FerryHash, cookie: 1, offset: 0, len: RANGE as u32 };
+    for _ in 0..1000 {
+        stream.write_all(&question.encode()).unwrap();
+    }
+    // As much as it takes for a connection, and a while longer.
+    let mut most_kib = 0;
+    let mut since = Instant::now();
+    while since.elapsed() < Duration::from_secs(2) {
+        let now = target.usage().memory_kib;
+        assert!(now < before.memory_kib + (100 << 10), "{before:?}, then {now} KiB");
+        if now > most_kib {
+            (most_kib, since) = (now, Instant::now());
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(most_kib > before.memory_kib + (20 << 10), "it answers: {before:?}, then {most_kib} KiB");
+    target.assert_good_client("questions whose answers nobody reads");
+    drop(stream);
+    // What nobody will hear is not looked up.
+    target.usage_within(before.descriptors, before.memory_kib + (80 << 10));
+    export.stop();
 }
 
 /// More clients than the server has descriptors for.

@@ -59,7 +59,7 @@ impl Target<'_> {
     }
 
     /// Waits until what a client left behind is gone: it may be finished after the client has left.
-    fn usage_within(&self, descriptors: usize, memory_kib: u64) -> Usage {
+    pub fn usage_within(&self, descriptors: usize, memory_kib: u64) -> Usage {
         let started = Instant::now();
         loop {
             let now = self.usage();

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::{Asked, Inner, Link, LinkError, LinkFailure, Pending, Waiting};
+use super::{Asked, Inner, Link, LinkError, LinkFailure, MAX_MARKED_BYTES, Pending, Waiting};
 use crate::engine::{Errno, Extent};
 use crate::nbd::chunk::{BlockStatus, ErrorChunk, FerryHashes, Hole, decode_data_offset};
 use crate::nbd::{ChunkKind, NbdError, ReplyHeader, StateFlags, Told};
@@ -139,6 +139,10 @@ impl Link {
             }
             (ChunkKind::FerryTold, Waiting::Told { told, .. }) => {
                 *told = Some(Told::decode(&payload(reader, len).await?)?)
+            }
+            // It may be withheld what ends this: it must not be much that is kept until then.
+            (ChunkKind::BlockStatus, Waiting::Marked { .. }) if len > MAX_MARKED_BYTES => {
+                return Err(LinkFailure::TooLong(len));
             }
             (ChunkKind::BlockStatus, Waiting::Marked { context, bits, after, stretches, .. }) => {
                 let status = BlockStatus::decode(&payload(reader, len).await?)?;
