@@ -4,7 +4,8 @@
 //! on. To wait until silence has lasted too long would make readers wait, or fail, beside a source that is well; to close
 //! a silent connection early would never let a slow source answer. So when half of that time is over, the source is asked
 //! on a new connection for a little of what is awaited on the silent one. If that is answered first, the silent one is
-//! given up and the new one takes its place. Only of reads: a step of a handoff or a question may take long at a source that
+//! given up and the new one takes its place. Once for each read: who asks for the whole of it again may wait for as long as
+//! silence may last, since the source may be slow there and nowhere else. Only of reads: a step of a handoff or a question may take long at a source that
 //! reads well.
 
 use std::rc::Rc;
@@ -52,7 +53,8 @@ pub(super) async fn doubt(shared: Rc<Shared>) {
 /// The connection whose silence has lasted longest of those that owe data, if that is for half of what is too long.
 fn longest_silent(shared: &Shared) -> Option<(Link, Instant)> {
     let slots = shared.slots.borrow();
-    let owing = alive(&slots).filter(|link| link.awaited_read().is_some());
+    let again = shared.asked_again.borrow();
+    let owing = alive(&slots).filter(|link| link.awaited_read().is_some_and(|read| !again.contains(&read)));
     let silent = owing.filter_map(|link| Some((link.clone(), link.silent_since()?)));
     let (link, since) = silent.min_by_key(|(_, since)| *since)?;
     (now().duration_since(since) > shared.longest_silence() / 2).then_some((link, since))

@@ -13,7 +13,7 @@ use super::policy::{LossPolicy, OnLoss};
 use super::silence::Silence;
 use super::stats::SourceStats;
 use super::{MIN_SILENCE, SILENCE};
-use crate::engine::Lane;
+use crate::engine::{ByteRange, Lane};
 use crate::nbd::{Standing, Uri};
 use crate::uring::now;
 
@@ -77,6 +77,9 @@ pub(super) struct Shared {
     pub(super) link_up: Event,
     /// One on which the source has answered what it did not answer on others: for the first slot that is free.
     pub(super) proven: Cell<Option<Link>>,
+    /// Reads that are asked again on another connection since one was doubted. Who asks for the whole may wait for longer
+    /// than who asks for a little of it: the source is slow there then, and the next connection is not doubted for it.
+    pub(super) asked_again: RefCell<Vec<ByteRange>>,
     /// The source was asked for a connection for hydration and did not give one: it shares the demand link then.
     pub(super) bulk_refused: Cell<bool>,
     pub(super) events: RefCell<Option<Rc<dyn SourceEvents>>>,
@@ -120,6 +123,7 @@ impl Shared {
     pub(super) fn replace_silent(&self, proven: Link, since: Instant) {
         let slots = self.slots.borrow();
         let silent: Vec<&Link> = alive(&slots).filter(|link| link.is_no_better(since)).collect();
+        self.asked_again.replace(silent.iter().flat_map(|link| link.awaited_reads()).collect());
         // Whose end is noticed first makes room for it.
         match silent.is_empty() {
             true => proven.close(),

@@ -119,6 +119,7 @@ impl Source {
             slots: RefCell::new(vec![None; slots]),
             link_up: Event::new(),
             proven: Cell::default(),
+            asked_again: RefCell::default(),
             // Until somebody keeps links up, the first one is all there is.
             bulk_refused: Cell::new(true),
             events: RefCell::new(None),

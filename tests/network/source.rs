@@ -27,6 +27,8 @@ pub struct Mood {
     pub bad: Cell<Option<(u64, u64)>>,
     /// Reads take so much longer.
     pub dawdles: Cell<Duration>,
+    /// Reads of more than a sector take so much longer.
+    pub drags: Cell<Duration>,
     /// Questions about holes take so much longer.
     pub ponders: Cell<Duration>,
 }
@@ -51,6 +53,10 @@ impl Disk for MemoryDisk {
 
     async fn read(&self, range: ByteRange) -> Result<Vec<Part>, NbdError> {
         sleep(self.weather.draw(self.setup.source_us) + self.mood.dawdles.get()).await;
+        // Seeds mean what they meant before it could.
+        if range.len() > SECTOR && !self.mood.drags.get().is_zero() {
+            sleep(self.mood.drags.get()).await;
+        }
         if self.mood.shuts_down.get() {
             return Err(NbdError::Shutdown);
         }
