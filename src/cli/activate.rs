@@ -17,7 +17,7 @@ pub(super) struct Args {
     /// The devices
     #[arg(required = true)]
     names: Vec<String>,
-    /// How long to wait for somebody who still writes at the source
+    /// How long to wait for somebody who still writes at the source, or for a source that does not answer
     #[arg(long, value_name = "DURATION", value_parser = duration, default_value = "10s")]
     wait: Duration,
 }

@@ -29,7 +29,7 @@ use crate::size::{ParseDurationError, parse_duration};
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Example, on host B; the source's QMP socket comes through ssh:\n  \
     ssh -fNL /run/a.qmp:/run/qemu/web.qmp hostA\n  \
-    blkferry attach --standby nbd://hostA/ disk.raw --name web\n  \
+    blkferry attach --standby nbd://hostA/ disk.raw --name web --frontend nbd\n  \
     qemu-system-x86_64 … -drive id=disk0,file=nbd+unix:///?socket=/run/blkferry/web.nbd,format=raw… \\\n      \
     -qmp unix:/run/b.qmp,server=on,wait=off -incoming defer -S\n  \
     blkferry migrate --from /run/a.qmp --to /run/b.qmp --uri tcp:hostB:4444 --disk disk0=web")]
@@ -146,10 +146,10 @@ fn print_checked(prepared: &Prepared) -> anyhow::Result<ExitCode> {
 }
 
 fn print(report: &Report, runs: bool) -> anyhow::Result<()> {
-    let names: Vec<&str> = report.disks.iter().map(|disk| disk.name.as_str()).collect();
+    let looks: Vec<_> = report.disks.iter().map(|disk| format!("blkferry status {} --watch", disk.name)).collect();
     let stood = report.downtime_ms.map_or_else(String::new, |ms| format!(", it stood still for {ms:.0} ms"));
     let is = if runs { "runs" } else { "is (paused, as it was)" };
-    outln!("the guest {is} here{stood}; its blocks follow: blkferry status {} --watch", names.join(" "));
+    outln!("the guest {is} here{stood}; its blocks follow: {}", looks.join(", "));
     for phase in &report.phases {
         outln!("  {:<11}{:>9.0} ms", phase.phase, phase.ms);
     }

@@ -9,7 +9,7 @@ use crate::daemon;
 /// Take over a block device whose daemon was killed
 ///
 /// A ublk device outlives its daemon: its users wait. This starts another daemon for it, with the same cache and
-/// the same source, and what waited goes on. `blkferry list` shows such devices as dead.
+/// the same source and what was set last, and what waited goes on. `blkferry list` shows such devices as dead.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The device

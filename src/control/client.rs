@@ -43,8 +43,6 @@ impl Client {
 
     fn connect_to(path: &Path, name: &str) -> Result<Self, ControlError> {
         let (stream, pid) = connect_to_living(path).map_err(|_| ControlError::NotRunning(name.into()))?;
-        let broken = |e| ControlError::Broken(name.into(), e);
-        stream.set_read_timeout(Some(PATIENCE)).map_err(broken)?;
         Ok(Self { name: name.into(), pid, reader: BufReader::new(stream) })
     }
 
@@ -66,6 +64,8 @@ impl Client {
         };
         let mut line = serde_json::to_vec(request).expect("plain data serializes");
         line.push(b'\n');
+        let patience = PATIENCE + request.may_wait();
+        self.reader.get_ref().set_read_timeout(Some(patience)).map_err(broken)?;
         self.reader.get_mut().write_all(&line).map_err(broken)?;
         loop {
             let mut line = String::new();

@@ -1,5 +1,7 @@
 //! The lines on the control socket.
 
+use std::time::Duration;
+
 use serde::{Deserialize, Serialize};
 
 /// What a client asks.
@@ -39,6 +41,16 @@ pub enum Request {
     Abort,
 }
 
+impl Request {
+    /// How long the daemon is asked to wait for others before it answers.
+    pub fn may_wait(&self) -> Duration {
+        match self {
+            Self::Take { wait_ms } | Self::Activate { wait_ms } => Duration::from_millis(*wait_ms),
+            _ => Duration::ZERO,
+        }
+    }
+}
+
 /// What the daemon answers: any number of `Progress`, then one of the others.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -71,4 +83,6 @@ pub struct Detached {
     pub cache: String,
     /// Bytes still at the source.
     pub absent_bytes: u64,
+    /// Was the disk given to the next host, so that the cache is not the disk any more?
+    pub given_away: bool,
 }

@@ -86,9 +86,13 @@ pub struct UblkEntry {
     /// In standby, the guest's first write makes it active.
     #[serde(default)]
     pub on_write: bool,
+    /// Where it is offered to other hosts.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub export: Option<String>,
 }
 
-/// The directory: `/run/blkferry`, or `$XDG_RUNTIME_DIR/blkferry` without root, or `$BLKFERRY_RUN_DIR`.
+/// The directory: `$BLKFERRY_RUN_DIR`, or `/run/blkferry`, or without root `$XDG_RUNTIME_DIR/blkferry`, or, without that
+/// too, `blkferry-UID` in the directory for temporary files.
 #[derive(Clone, Debug)]
 pub struct RunDir {
     path: PathBuf,
@@ -224,9 +228,12 @@ impl RunDir {
 impl Claim {
     /// Writes down who has the name.
     pub fn publish(&mut self, entry: &Entry) -> io::Result<()> {
-        self.file.set_len(0)?;
-        let json = serde_json::to_vec(entry).expect("plain data serializes");
-        self.file.write_all_at(&json, 0)
+        let mut json = serde_json::to_vec(entry).expect("plain data serializes");
+        let (len, len_before) = (json.len(), self.file.metadata()?.len() as usize);
+        // In one write that covers what was there: whoever is killed here leaves one entry or the other.
+        json.resize(len.max(len_before), b' ');
+        self.file.write_all_at(&json, 0)?;
+        self.file.set_len(len as u64)
     }
 
     /// Who had the name before, if that one left an entry behind.

@@ -20,7 +20,11 @@ pub(super) struct ExportSide {
 enum State {
     /// Nobody has asked for it.
     Idle(FileIo),
-    Running(Onward),
+    Running {
+        onward: Onward,
+        /// Where it listens, if it does.
+        at: Option<Address>,
+    },
     /// The cache is not open any more: whoever waits for that may go on.
     Ended,
 }
@@ -35,16 +39,19 @@ impl ExportSide {
     }
 
     /// Listens there, and nowhere else any more; says under which URI it is found.
-    pub(super) fn start(&self, address: &Address) -> Result<String, String> {
-        let (listener, address) = listen(address).map_err(|e| e.to_string())?;
+    pub(super) fn start(&self, asked: &Address) -> Result<String, String> {
+        let (listener, address) = listen(asked).map_err(|e| e.to_string())?;
         let mut state = self.lock();
         if let State::Idle(cache) = &*state {
             let (core, hands) = (self.core.clone(), self.hands.clone());
             let onward = Onward::start(core, self.core.last_queue(), cache.clone(), self.name.clone(), hands);
-            *state = State::Running(onward.map_err(|e| e.to_string())?);
+            *state = State::Running { onward: onward.map_err(|e| e.to_string())?, at: None };
         }
-        match &*state {
-            State::Running(onward) => onward.listen(listener),
+        match &mut *state {
+            State::Running { onward, at } => {
+                onward.listen(listener);
+                *at = Some(to_listen_again(asked, &address));
+            }
             State::Idle(_) | State::Ended => return Err("the device is stopping".into()),
         }
         drop(state);
@@ -53,18 +60,35 @@ impl ExportSide {
         Ok(uri)
     }
 
+    /// Where another daemon of this device would have to listen.
+    pub(super) fn address(&self) -> Option<Address> {
+        match &*self.lock() {
+            State::Running { at, .. } => at.clone(),
+            State::Idle(_) | State::Ended => None,
+        }
+    }
+
     /// Does not listen any more.
     pub(super) fn close(&self) {
-        if let State::Running(onward) = &*self.lock() {
+        if let State::Running { onward, at } = &mut *self.lock() {
             onward.close();
+            *at = None;
             self.hands.set_export(None);
         }
     }
 
     /// Ends what was started.
     pub(super) fn stop(&self) {
-        if let State::Running(onward) = std::mem::replace(&mut *self.lock(), State::Ended) {
+        if let State::Running { onward, .. } = std::mem::replace(&mut *self.lock(), State::Ended) {
             onward.stop();
         }
+    }
+}
+
+/// As it was asked for, but for what was left open: the next host knows the port that was free then.
+fn to_listen_again(asked: &Address, found: &Address) -> Address {
+    match (asked, found) {
+        (Address::Tcp { host, .. }, Address::Tcp { port, .. }) => Address::Tcp { host: host.clone(), port: *port },
+        _ => found.clone(),
     }
 }

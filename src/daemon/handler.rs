@@ -11,10 +11,9 @@ use super::Wish;
 use super::export_side::ExportSide;
 use super::hands::Hands;
 use super::rate::RateMeter;
-use crate::cache::SourceFacts;
 use crate::control::{
     BlockStatus, ByteStatus, CacheStatus, Detached, FrontendStatus, Handler, HydrateStatus, SourceStatus, State,
-    Status, Taken, WireStatus,
+    Status, Taken, UblkEntry, WireStatus,
 };
 use crate::device::{Core, HydrationState, Mode, Phase, Verifier, VerifyProgress, VerifyReport};
 use crate::nbd::Address;
@@ -28,7 +27,7 @@ pub(super) struct DeviceFacts {
     pub(super) uri: String,
     pub(super) policy: LossPolicy,
     pub(super) ublk: Option<DeviceInfo>,
-    pub(super) source: SourceFacts,
+    pub(super) source_uri: String,
     pub(super) cache: PathBuf,
     pub(super) metadata: PathBuf,
 }
@@ -99,6 +98,13 @@ impl DaemonHandler {
         self.export.start(address)
     }
 
+    /// What was set since, for another daemon of this device.
+    pub(super) fn note_settings(&self, entry: &mut UblkEntry) {
+        entry.hydrate = self.core.hydration.mode().to_string();
+        entry.on_source_loss = self.device.policy.get().to_string();
+        entry.export = self.export.address().map(|address| address.to_string());
+    }
+
     pub(super) fn stop_export(&self) {
         self.export.stop();
     }
@@ -145,6 +151,30 @@ impl DaemonHandler {
         )
     }
 
+    fn change(&self, key: &str, value: &str) -> Result<String, String> {
+        match key {
+            "hydrate" => {
+                let mode: Mode = value.parse().map_err(|e: crate::device::ModeError| e.to_string())?;
+                self.core.hydration.set_mode(mode);
+                Ok(mode.to_string())
+            }
+            "on-source-loss" => {
+                let policy: OnLoss = value.parse().map_err(|e: OnLossError| e.to_string())?;
+                self.device.policy.set(policy);
+                Ok(policy.to_string())
+            }
+            "export" if value == "off" => {
+                self.export.close();
+                Ok("off".into())
+            }
+            "export" => self.export(&value.parse().map_err(|e: crate::nbd::UriError| e.to_string())?),
+            _ => Err(format!(
+                "there is no setting {key:?}; use hydrate=auto|off|RATE, on-source-loss=wait|fail-after:DURATION, or \
+                 export=HOST:PORT|unix:PATH|off"
+            )),
+        }
+    }
+
     fn state(&self) -> State {
         let health = &self.core.health;
         match () {
@@ -174,8 +204,8 @@ impl DaemonHandler {
             uptime_s: self.started.elapsed().as_secs_f64(),
             frontend: self.frontend(),
             source: SourceStatus {
-                uri: self.device.source.uri.clone(),
-                identity: self.device.source.identity.clone(),
+                uri: self.device.source_uri.clone(),
+                identity: self.hands.source_identity(),
                 connections: self.meters.source.links(),
                 on_loss: self.device.policy.get().to_string(),
                 lost_s: lost.as_ref().map(|(since, _)| since.as_secs_f64()),
@@ -248,27 +278,10 @@ impl Handler for DaemonHandler {
     }
 
     fn set(&self, key: &str, value: &str) -> Result<String, String> {
-        match key {
-            "hydrate" => {
-                let mode: Mode = value.parse().map_err(|e: crate::device::ModeError| e.to_string())?;
-                self.core.hydration.set_mode(mode);
-                Ok(mode.to_string())
-            }
-            "on-source-loss" => {
-                let policy: OnLoss = value.parse().map_err(|e: OnLossError| e.to_string())?;
-                self.device.policy.set(policy);
-                Ok(policy.to_string())
-            }
-            "export" if value == "off" => {
-                self.export.close();
-                Ok("off".into())
-            }
-            "export" => self.export(&value.parse().map_err(|e: crate::nbd::UriError| e.to_string())?),
-            _ => Err(format!(
-                "there is no setting {key:?}; use hydrate=auto|off|RATE, on-source-loss=wait|fail-after:DURATION, or \
-                 export=HOST:PORT|unix:PATH|off"
-            )),
-        }
+        let now = self.change(key, value)?;
+        // One that is stopping writes nothing down any more.
+        let _ = lock(&self.wishes).send(Wish::WriteDown);
+        Ok(now)
     }
 
     fn detach(&self, incomplete: bool) -> Result<Detached, String> {
@@ -311,6 +324,6 @@ impl Handler for DaemonHandler {
 
     fn verify(&self, progress: &mut dyn FnMut(VerifyProgress) -> bool) -> Result<VerifyReport, String> {
         let verifier = lock(&self.verifier).clone();
-        verifier.run(&self.device.source.uri, &self.device.source.identity, progress)
+        verifier.run(&self.device.source_uri, &self.hands.source_identity(), progress)
     }
 }

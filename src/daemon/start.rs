@@ -121,7 +121,7 @@ pub(super) fn start(
     }
     let policy = LossPolicy::new(options.on_source_loss);
     let up = start_on(options, run_dir, &places, &policy, door, interrupted);
-    let Up { core, frontend, fetch, commit, facts, meters, hands, is_fresh, file, rung } = match up {
+    let Up { core, frontend, fetch, commit, source_uri, meters, hands, is_fresh, file, rung } = match up {
         Ok(up) => up,
         Err(error) => {
             // Gone already is as good.
@@ -134,7 +134,7 @@ pub(super) fn start(
         uri,
         policy,
         ublk: info,
-        source: facts,
+        source_uri,
         cache: places.data,
         metadata: places.metadata.clone(),
     };
@@ -147,7 +147,13 @@ pub(super) fn start(
         activate_on_write(hands.clone(), rung).map_err(|e| DaemonError::Io("cannot start the handoff thread", e))?;
     }
     if let Some(address) = &options.export {
-        handler.export(address).map_err(DaemonError::Kept)?;
+        match handler.export(address) {
+            // Who uses the device must not wait for that.
+            Err(why) if options.ublk.is_some_and(|ublk| ublk.recover.is_some()) => {
+                log::warn!("{}: it is not offered to other hosts: {why}", options.name);
+            }
+            done => drop(done.map_err(DaemonError::Kept)?),
+        }
     }
     Ok(Daemon { core, handler, frontend, fetch, commit, entry, hands, is_fresh, metadata: places.metadata })
 }
@@ -157,7 +163,7 @@ struct Up {
     frontend: Frontend,
     fetch: FetchThread,
     commit: CommitThread,
-    facts: SourceFacts,
+    source_uri: String,
     meters: Meters,
     hands: Arc<Hands>,
     is_fresh: bool,
@@ -237,8 +243,8 @@ fn start_on(
     // What nobody wants any more is not fetched.
     let hydration = Hydration::new(if superblock.released { Mode::Off } else { options.hydrate });
     let core = Arc::new(Core::new(engine, queues, fetch.mailbox(), commits, hydration, gate));
-    let hands = Hands::new(options.name.clone(), core.clone(), fetch.source_side(), &superblock, standing);
-    let hands = Arc::new(hands);
+    let (name, side) = (options.name.clone(), fetch.source_side());
+    let hands = Arc::new(Hands::new(name, core.clone(), side, &superblock, standing, facts.identity.clone()));
     if let Some(home) = home {
         hands.set_landing(Landing { home, data: cache.data.clone(), path: places.data.clone() });
     }
@@ -269,7 +275,18 @@ fn start_on(
     fetch.begin(core.clone(), file.clone());
     let source = hello.map(|h| h.stats).unwrap_or_default();
     let meters = Meters { source, serve };
-    Ok(Up { core, frontend, fetch, commit, facts, meters, hands, is_fresh: known.is_none(), file, rung })
+    Ok(Up {
+        core,
+        frontend,
+        fetch,
+        commit,
+        source_uri: facts.uri,
+        meters,
+        hands,
+        is_fresh: known.is_none(),
+        file,
+        rung,
+    })
 }
 
 /// A cache that was given to the one who is the source now: if it is whole it becomes an image again, to which the disk

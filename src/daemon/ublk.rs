@@ -54,6 +54,7 @@ impl UblkOptions {
             on_source_loss: options.on_source_loss.to_string(),
             ublksrv: self.ublksrv,
             on_write: options.standby == Some(Standby::OnWrite),
+            export: options.export.as_ref().map(ToString::to_string),
         }
     }
 }
@@ -91,7 +92,7 @@ pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, Daemon
     Ok(DaemonOptions {
         // One that was in standby stays so.
         standby: Some(if ublk.on_write { Standby::OnWrite } else { Standby::Manual }),
-        export: None,
+        export: ublk.export.map(|at| at.parse()).transpose().map_err(|e| damaged(format!("{e}")))?,
         source: ublk.source.parse().map_err(|e| damaged(format!("{e}")))?,
         cache,
         metadata: Some(ublk.metadata),
@@ -164,6 +165,7 @@ mod tests {
                 on_source_loss: "fail-after:5s".into(),
                 ublksrv: true,
                 on_write,
+                export: on_write.then(|| "[::1]:10809".into()),
             };
             let entry = Entry {
                 name: name.clone(),
@@ -184,6 +186,7 @@ mod tests {
                 (options.hydrate.to_string(), options.on_source_loss.to_string()),
                 ("off".into(), "fail-after:5s".into())
             );
+            assert_eq!(options.export.is_some(), on_write);
             assert_eq!(options.ublk.unwrap().recover, Some((7, 1)));
         }
     }

@@ -173,12 +173,12 @@ impl Device<'_> {
         self.world.ok(["detach", &self.name]);
     }
 
-    /// SIGKILL, and waits until the process is gone.
     /// Ends it although blocks are absent.
     pub fn detach_incomplete(self) {
         self.world.ok(["detach", "--incomplete", &self.name]);
     }
 
+    /// SIGKILL, and waits until the process is gone.
     pub fn kill_daemon(self) {
         kill(self.pid, nix::sys::signal::Signal::SIGKILL);
         let started = Instant::now();

@@ -81,6 +81,8 @@ fn a_disk_changes_hands_while_its_machine_runs() {
     assert!(!can_be_written(&rig.image), "the image was given away");
     assert_eq!(activate(&device).unwrap()["already"], true);
     device.wait_complete();
+    // The disk as it was given, and not as it was when the device was attached.
+    rig.world.ok(["verify", "b"]);
     assert!(!can_be_written(&rig.image), "it stays so");
     assert!(abort(&device).unwrap_err().contains("is active"));
     drop(guest);

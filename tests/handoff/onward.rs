@@ -1,6 +1,6 @@
 //! From one device of ours to the next host, and the one after that.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use crate::client::Client;
 use crate::rig::{Rig, activate, contents, control, data_bytes, offer, wait_released};
@@ -31,6 +31,9 @@ fn three_hosts_in_a_row() {
     let refused = rig.world.refused(["detach", "b"]);
     assert!(refused.contains("fetches from here"), "{refused}");
     c.wait_complete();
+    rig.world.ok(["verify", "c"]);
+    let identity = c.status()["source"]["identity"].clone();
+    assert_eq!(identity, format!("device:{}:2", b.status()["handoff"]["disk"].as_str().unwrap()));
 
     // Each block crossed each wire at most once, but for what was read in standby and not kept.
     for (device, in_standby) in [(&b, 0), (&c, 4096)] {
@@ -44,7 +47,8 @@ fn three_hosts_in_a_row() {
     drop((at_b, at_c));
     c.detach();
     assert_eq!(b.status()["source_needed"], false);
-    b.detach();
+    let said: Value = serde_json::from_str(&rig.world.ok(["detach", "b", "--json"])).unwrap();
+    assert_eq!(said["given_away"], true);
     assert!(std::fs::read(rig.world.path("c.raw")).unwrap() == wanted);
 }
 

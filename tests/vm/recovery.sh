@@ -7,8 +7,14 @@ readonly ROUNDS=${ROUNDS:-6}
 
 dead() { [[ $(blkferry list --json | jq -r '.[0].state') == dead ]]; }
 
+settings() { status_of web '[.hydrate.mode, .source.on_loss, .handoff.export] | join(" ")'; }
+
 make_source 128
-blkferry attach "$SOURCE" cache.raw --name web --frontend ublk --queues 2 --hydrate 4M
+blkferry attach "$SOURCE" cache.raw --name web --frontend ublk --queues 2 --hydrate 8M
+# What is set meanwhile holds for those who take over, and where it is offered to others.
+blkferry set web hydrate=4M on-source-loss=fail-after:90s export=127.0.0.1:0
+offered=$(status_of web .handoff.export)
+wanted=$(settings)
 touch running
 while [[ -e running ]]; do
     fio --output-format=terse --filename=/dev/ublkb0 --direct=1 --ioengine=io_uring --verify=crc32c --verify_fatal=1 \
@@ -27,6 +33,8 @@ for ((round = 1; round <= ROUNDS; round++)); do
     esac
     blkferry recover web || fail "round $round"
     [[ ! -e fio-failed ]] || { cat fio.log; fail "fio, round $round"; }
+    [[ $(settings) == "$wanted" ]] || fail "round $round: $(settings), and was set to $wanted"
+    nbdinfo --size "$offered" >/dev/null || fail "round $round: it is not offered"
 done
 rm running
 wait $writer

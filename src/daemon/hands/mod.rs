@@ -37,6 +37,8 @@ struct State {
     gift: Option<Gift>,
     dirty_exact: bool,
     released: bool,
+    /// What the source's contents are known by: while it has the disk, what they were known by at attach.
+    source_identity: String,
     landing: Option<Landing>,
 }
 
@@ -69,6 +71,7 @@ struct Shown {
     gift: Option<Gift>,
     dirty_exact: bool,
     released: bool,
+    source_identity: String,
 }
 
 impl Shown {
@@ -80,6 +83,7 @@ impl Shown {
             gift: state.gift,
             dirty_exact: state.dirty_exact,
             released: state.released,
+            source_identity: state.source_identity.clone(),
         }
     }
 }
@@ -139,6 +143,7 @@ impl Hands {
         source: SourceSide,
         superblock: &Superblock,
         standing: Option<&Standing>,
+        source_identity: String,
     ) -> Self {
         let (me, right) = (superblock.uuid, right_of(superblock));
         let taker = superblock.gift.map(|gift| {
@@ -153,6 +158,7 @@ impl Hands {
             gift: superblock.gift,
             dirty_exact: superblock.dirty_exact,
             released: superblock.released,
+            source_identity,
             landing: None,
         };
         let shown = Mutex::new(Shown::of(&state));
@@ -172,6 +178,11 @@ impl Hands {
     /// Of a disk that was given away: does whoever has it have all of it?
     pub(super) fn is_released(&self) -> bool {
         self.shown().released
+    }
+
+    /// What the source's contents are known by. Another one once it gave its disk away.
+    pub(super) fn source_identity(&self) -> String {
+        self.shown().source_identity
     }
 
     /// As if the guest had written.

@@ -111,6 +111,7 @@ impl Hands {
             s.source_identity = known_by;
         })?;
         let expected = if gift.is_some() { Expect::Gift { to: self.me, epoch } } else { Expect::Contents };
+        state.source_identity.clone_from(&identity);
         self.source.expect(expected, identity);
         if let Some(landing) = state.landing.take() {
             self.land(landing, &kept)?;

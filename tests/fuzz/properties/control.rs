@@ -31,7 +31,7 @@ impl Handler for Device {
     }
 
     fn detach(&self, incomplete: bool) -> Result<Detached, String> {
-        let detached = Detached { complete: false, cache: "/cache".into(), absent_bytes: 1 };
+        let detached = Detached { complete: false, cache: "/cache".into(), absent_bytes: 1, given_away: true };
         if incomplete { Ok(detached) } else { Err("blocks are absent".into()) }
     }
 
