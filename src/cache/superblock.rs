@@ -36,7 +36,7 @@ pub struct Gift {
 pub struct Superblock {
     /// The cache's own name, made when it was created.
     pub uuid: Uuid,
-    /// Handoff epoch; 1 for a cold attach.
+    /// Handoff epoch: 0 in standby; 1 of a source that gives nothing away, else one more than the source's was.
     pub epoch: u64,
     /// Size of the device in bytes.
     pub size_bytes: u64,

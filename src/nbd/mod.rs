@@ -13,9 +13,10 @@
 //!              │ ─── DISC ────────────────────────────────────────► │
 //! ```
 //! Written from doc/proto.md and doc/uri.md of github.com/NetworkBlockDevice/nbd ("the spec"): fixed newstyle
-//! negotiation with GO, INFO, LIST and the older EXPORT_NAME; structured replies; `base:allocation`; block sizes;
-//! and a private option by which two blkferry ends recognise each other (an unknown option harms nobody: the answer
-//! is `NBD_REP_ERR_UNSUP`). Not yet: STARTTLS, extended headers; their seams are named in `server` and `client`.
+//! negotiation with GO, INFO, LIST and the older EXPORT_NAME; structured replies; `base:allocation`; block sizes. Ours, as
+//! docs/FORMAT.md has them: the context `blkferry:hot`; an option by which two blkferry ends recognise each other (an
+//! unknown option harms nobody: the answer is `NBD_REP_ERR_UNSUP`), and between these the commands for hashes, for handing
+//! the disk over and for what was written since. Not yet: STARTTLS, extended headers; their seams are named in `server` and `client`.
 //!
 //! Invariants:
 //! - All numbers are big-endian.

@@ -45,7 +45,8 @@ pub struct Session {
     pub base_allocation: Option<u32>,
     /// The same of `blkferry:hot`.
     pub hot: Option<u32>,
-    /// The client is blkferry: `CMD_FERRY_HASH` is allowed (with structured replies).
+    /// The client is blkferry: `CMD_FERRY_HASH` is allowed (with structured replies), and, if the disk can change hands,
+    /// `CMD_FERRY_HANDOFF` and `CMD_FERRY_CHANGED`.
     pub ferry: bool,
     /// The client chose to do without the 124 zero bytes.
     pub no_zeroes: bool,
