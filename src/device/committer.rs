@@ -111,6 +111,11 @@ impl Thread {
     }
 
     fn commit(&mut self) -> Result<(), Errno> {
+        // The kernel tells of what it dropped once, and that was it: the next sync would succeed, and its map pages would
+        // promise what is gone (I11).
+        if self.core.health.has_failed() {
+            return Err(Errno::EIO);
+        }
         // Before the commit takes its pages: what is present now is what it commits, whatever comes meanwhile.
         let all_here = self.core.maps().absent_count() == 0;
         match self.store.commit(self.core.maps()) {
@@ -119,7 +124,7 @@ impl Thread {
                 if all_here {
                     self.record_complete();
                 }
-                Ok(())
+                if self.core.health.has_failed() { Err(Errno::EIO) } else { Ok(()) }
             }
             Err(e) => {
                 self.fail(&format!("a commit failed: {e}"));
@@ -140,7 +145,7 @@ impl Thread {
 
     fn fail(&self, reason: &str) {
         log::error!("{reason}: the device stops for good; what was not flushed before may be lost");
-        self.core.health.set_failed(reason.into());
+        self.core.fail(reason.into());
         if let Err(e) = self.store.distrust_live_map() {
             log::error!("the live map cannot be removed: {e}; remove it by hand before the cache is attached again");
         }
@@ -176,5 +181,28 @@ impl Thread {
         // Nothing runs any more that could set a bit after the commit took its pages.
         self.record_complete();
         self.store.record_clean()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::testing;
+    use super::*;
+    use crate::engine::BlockRun;
+
+    #[test]
+    fn after_a_failure_nothing_is_committed_whatever_the_disk_says() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = testing::cache(dir.path());
+        let mut thread = Thread::new(testing::core(&cache), cache.store);
+        assert_eq!(thread.commit(), Ok(()));
+        thread.core.adopt(&[BlockRun::new(3, 5)]);
+        // As a commit that was made for a handoff does: the engine has not heard of it.
+        thread.fail("the disk has dropped something");
+        for _ in 0..2 {
+            assert_eq!(thread.commit(), Err(Errno::EIO));
+            assert!(thread.core.maps().has_uncommitted(), "nothing is promised");
+        }
+        assert!(thread.record(|_| {}).is_err() && thread.stop().is_err());
     }
 }

@@ -13,7 +13,7 @@ use super::messages::{CommitRequest, FetchRequest, QueueMessage};
 use crate::cache::Superblock;
 use crate::engine::{Action, BlockRun, ByteRange, Engine, Event, Geometry, Maps, OpId};
 use crate::remote::FetchedData;
-use crate::uring::{Mailbox, now};
+use crate::uring::{Mailbox, Part, now};
 
 /// Bits of an [`OpId`] that count; those above name the queue.
 const OP_BITS: u32 = 48;
@@ -71,7 +71,7 @@ impl Health {
     }
 
     /// The device has stopped for good.
-    pub fn set_failed(&self, reason: String) {
+    pub(super) fn set_failed(&self, reason: String) {
         lock(&self.failed).get_or_insert(reason);
         self.has_failed.store(true, Ordering::SeqCst);
     }
@@ -192,6 +192,12 @@ impl Core {
         lock(&self.engine).apply(event, actions);
     }
 
+    /// It stops for good: who waits to change the disk is told.
+    pub fn fail(&self, reason: String) {
+        self.health.set_failed(reason);
+        self.gate.wake();
+    }
+
     /// Hands actions to the threads that carry them out. `data` is that of the fetch that just ended.
     pub(super) fn route(&self, actions: Vec<Action>, data: Option<&FetchedData>) {
         for action in actions {
@@ -204,7 +210,9 @@ impl Core {
                     self.to_queue(op, QueueMessage::Zero { io, range, keep_allocated });
                 }
                 Action::Deliver { io, op, range, .. } => {
-                    let pieces = data.expect("only a fetch that just ended delivers").pieces(range);
+                    let mut pieces = data.expect("only a fetch that just ended delivers").pieces(range);
+                    // An answer may lie for long, and is counted by its length: it must not hold a whole fetch.
+                    pieces.iter_mut().for_each(Part::let_go_of_the_rest);
                     self.to_queue(op, QueueMessage::Deliver { io, op, range, pieces });
                 }
                 Action::Complete { op, result } => self.to_queue(op, QueueMessage::Complete { op, result }),

@@ -171,14 +171,43 @@ async fn fetch_main(
     if said.send(Ok(source.as_ref().map(SourceHello::of))).is_err() {
         return;
     }
+    let mut early = Vec::new();
     loop {
         match requests.recv().await {
-            FetchRequest::Begin { core, cache } => return Fetcher::new(core, cache, source).run(requests).await,
+            FetchRequest::Begin { core, cache } => {
+                early.into_iter().for_each(|request| requests.send(request));
+                return Fetcher::new(core, cache, source).run(requests).await;
+            }
             FetchRequest::Expect { expect, identity } => {
                 source.iter().for_each(|source| source.expect(expect, identity.clone()));
             }
             FetchRequest::Stop => return,
-            _ => unreachable!("nothing else is asked before the device exists"),
+            // The guest's, who may have waited at the socket and is quicker than we are.
+            request => early.push(request),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::super::testing;
+    use super::*;
+    use crate::remote::OnLoss;
+
+    #[test]
+    fn a_request_that_is_quicker_than_the_device_is_answered_when_that_is_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = testing::cache(dir.path());
+        let (_interrupt, interrupted) = crossbeam::channel::bounded(1);
+        let (fetch, _) = FetchThread::start(None, false, LossPolicy::new(OnLoss::Wait), &interrupted).unwrap();
+        let side = fetch.source_side();
+        let asking = std::thread::spawn(move || side.identify(Duration::from_secs(20)));
+        std::thread::sleep(Duration::from_millis(50));
+        fetch.begin(testing::core(&cache), cache.data.io().clone());
+        assert!(asking.join().unwrap().is_err(), "there is no source that could be asked");
+        fetch.mailbox.send(FetchRequest::Stop);
+        assert!(fetch.handle.join().is_ok(), "it lives until it is told to stop");
     }
 }

@@ -83,9 +83,19 @@ impl Gate {
         (self.phase() == Phase::Active).then_some(pass)
     }
 
-    /// For one that was not let in: waits until it is worth another try. An error: the disk is not ours to write.
-    pub(super) async fn wait(&self) -> Result<(), Errno> {
+    /// Those who wait look again, at whether the device has failed.
+    pub(super) fn wake(&self) {
+        self.moved.notify(usize::MAX);
+    }
+
+    /// For one that was not let in: waits until it is worth another try. An error: the disk is not ours to write, or the
+    /// device has failed.
+    pub(super) async fn wait(&self, has_failed: impl Fn() -> bool) -> Result<(), Errno> {
         let moved = self.moved.listen();
+        // Nobody moves on from there.
+        if has_failed() {
+            return Err(Errno::EIO);
+        }
         match (self.phase(), &self.bell) {
             (Phase::Active, _) => {}
             // It may come to nothing, and the guest should not notice.
@@ -133,14 +143,28 @@ mod tests {
         drop(pass);
         gate.freeze(Duration::ZERO).unwrap();
         assert!(gate.enter(0).is_none());
-        let mut waiting = Box::pin(gate.wait());
+        let mut waiting = Box::pin(gate.wait(|| false));
         assert_eq!((&mut waiting).now_or_never(), None, "it may come to nothing");
         gate.set(Phase::Active);
         assert_eq!(waiting.now_or_never(), Some(Ok(())));
         assert!(gate.enter(0).is_some());
         gate.set(Phase::Away);
         assert!(gate.enter(0).is_none());
-        assert_eq!(gate.wait().now_or_never(), Some(Err(Errno::EPERM)));
+        assert_eq!(gate.wait(|| false).now_or_never(), Some(Err(Errno::EPERM)));
+    }
+
+    #[test]
+    fn who_waits_is_told_that_nobody_moves_on() {
+        let gate = Gate::new(Phase::Active, 1, None);
+        gate.freeze(Duration::ZERO).unwrap();
+        let failed = std::cell::Cell::new(false);
+        let mut waiting = Box::pin(gate.wait(|| failed.get()));
+        assert_eq!((&mut waiting).now_or_never(), None);
+        failed.set(true);
+        gate.wake();
+        assert_eq!(waiting.now_or_never(), Some(Ok(())), "it looks again");
+        assert!(gate.enter(0).is_none());
+        assert_eq!(gate.wait(|| failed.get()).now_or_never(), Some(Err(Errno::EIO)));
     }
 
     #[test]
@@ -167,11 +191,11 @@ mod tests {
     fn a_write_in_standby_is_refused_or_rings() {
         let gate = Gate::new(Phase::Standby, 1, None);
         assert!(gate.enter(0).is_none());
-        assert_eq!(gate.wait().now_or_never(), Some(Err(Errno::EPERM)));
+        assert_eq!(gate.wait(|| false).now_or_never(), Some(Err(Errno::EPERM)));
         let (bell, rung) = crossbeam::channel::bounded(1);
         let gate = Gate::new(Phase::Standby, 1, Some(bell));
         assert!(gate.enter(0).is_none());
-        let mut waiting = Box::pin(gate.wait());
+        let mut waiting = Box::pin(gate.wait(|| false));
         assert_eq!((&mut waiting).now_or_never(), None);
         assert!(rung.try_recv().is_ok());
         gate.set(Phase::Active);

@@ -27,6 +27,8 @@ mod queue;
 #[cfg(feature = "simulation")]
 pub mod simulation;
 mod source_side;
+#[cfg(test)]
+mod testing;
 mod verify;
 mod window;
 

@@ -169,7 +169,7 @@ impl Queue {
             if let Some(pass) = self.core.gate.enter(self.index) {
                 return Ok(pass);
             }
-            self.core.gate.wait().await?;
+            self.core.gate.wait(|| self.core.health.has_failed()).await?;
         }
     }
 

@@ -272,7 +272,8 @@ impl FileIo {
     /// then the error is `EOPNOTSUPP` and nothing was changed.
     pub async fn zero_at(&self, offset_bytes: u64, len_bytes: u64, mode: ZeroMode, fast_only: bool) -> io::Result<()> {
         match self.fallocate(offset_bytes, len_bytes, mode.fallocate_flags()).await {
-            Err(e) if is_unsupported(&e) && !fast_only => {}
+            Err(e) if is_unsupported(&e) && fast_only => return Err(io::Error::from_raw_os_error(libc::EOPNOTSUPP)),
+            Err(e) if is_unsupported(&e) => {}
             result => return result,
         }
         let end = offset_bytes + len_bytes;
@@ -290,8 +291,9 @@ fn is_transient(e: &io::Error) -> bool {
     matches!(e.raw_os_error(), Some(libc::EINTR | libc::EAGAIN))
 }
 
+/// `EINVAL`: a block device, of a range that is not of whole sectors of its own.
 fn is_unsupported(e: &io::Error) -> bool {
-    matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV))
+    matches!(e.raw_os_error(), Some(libc::EOPNOTSUPP | libc::ENOSYS | libc::ENODEV | libc::EINVAL))
 }
 
 #[cfg(test)]

@@ -62,6 +62,15 @@ impl Part {
         self.len() == 0
     }
 
+    /// A small part of a shared buffer becomes one of its own, so that it does not keep the rest of it in memory.
+    pub fn let_go_of_the_rest(&mut self) {
+        if let Self::Shared { bytes, range } = self
+            && range.len() <= bytes.len() / 4
+        {
+            *self = Self::Owned(bytes[range.clone()].to_vec());
+        }
+    }
+
     /// At most `max` bytes from `start`; zeros come in pieces of 64 KiB.
     pub(super) fn slice_at(&self, start: usize, max: usize) -> &[u8] {
         match self {
@@ -393,6 +402,17 @@ impl Drop for Listener {
 mod tests {
     use super::super::{Reactor, spawn};
     use super::*;
+
+    #[test]
+    fn a_small_part_does_not_keep_the_whole() {
+        let bytes = Arc::new(vec![7; 4096]);
+        for (range, is_kept) in [(0..1024, false), (1024..2049, true), (0..4096, true)] {
+            let mut part = Part::Shared { bytes: bytes.clone(), range: range.clone() };
+            part.let_go_of_the_rest();
+            assert_eq!((part.len(), Arc::strong_count(&bytes)), (range.len(), 1 + usize::from(is_kept)));
+            assert!(part.slice_at(0, 10_000).iter().all(|byte| *byte == 7));
+        }
+    }
 
     #[test]
     fn parts_arrive_in_order_over_a_unix_socket() {

@@ -80,3 +80,17 @@ losetup -c "$loop"
 refuses "too small" attach "$loop" --overwrite
 nothing_is_left "$loop"
 losetup -d "$loop"
+
+# Sectors of 4 KiB below a disk that does not end on one: its last block is short, and a hole at the source.
+complete() { [[ $(status_of web .state) == complete ]]; }
+stop_source
+truncate -s $((32 * MIB + 512)) source.raw
+export_source
+truncate -s 40M back.raw
+loop=$(losetup -f --show --sector-size 4096 back.raw)
+blkferry attach "$SOURCE" "$loop" --name web --frontend nbd --overwrite >/dev/null
+wait_for 60 complete
+blkferry detach web >/dev/null
+echo 3 >/proc/sys/vm/drop_caches
+cmp -n $((32 * MIB + 512)) source.raw "$loop"
+losetup -d "$loop"

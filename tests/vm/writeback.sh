@@ -25,7 +25,7 @@ echo 0 >/proc/sys/vm/dirty_writeback_centisecs
 make_source 32
 dmsetup create cache --table "0 $sectors linear /dev/vda 0"
 dmsetup mknodes
-for others in nobody 'a write with FUA'; do
+for others in nobody 'a write with FUA' 'the next host'; do
     attach --overwrite
     overwrite first direct
     sync /dev/ublkb0
@@ -37,10 +37,18 @@ for others in nobody 'a write with FUA'; do
     become linear
     [[ $(status_of web .state) == active ]] || fail "nobody has told the device anything yet"
 
-    if [[ $others != nobody ]]; then
-        # It is told, and the commit has to be told all the same. Its own blocks are fine.
-        overwrite third direct,dsync 2>/dev/null || true
-    fi
+    case $others in
+        'a write with FUA')
+            # It is told, and the commit has to be told all the same. Its own blocks are fine.
+            overwrite third direct,dsync 2>/dev/null || true
+            ;;
+        'the next host')
+            # The disk is committed before it is given away: that fails, and no later sync makes it good.
+            blkferry set web export=unix:/tmp/onward.sock >/dev/null
+            refuses "the source" blkferry attach "nbd+unix:///web?socket=/tmp/onward.sock" /tmp/next.raw --name next --frontend nbd
+            sleep 2
+            ;;
+    esac
     if sync /dev/ublkb0 2>/dev/null; then fail "a flush was answered, and what it promised is gone (told before: $others)"; fi
     [[ $(status_of web .state) == failed ]] || fail "it goes on: $(status_of web .state)"
     [[ $(status_of web .failure) == *"commit failed"* ]] || fail "it does not say why: $(status_of web .failure)"
