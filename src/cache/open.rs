@@ -291,19 +291,21 @@ impl Cache {
                 LiveMap::discard(live.path()).ok();
             }
         })?;
+        let io = |source| MetadataError::Io { path: options.metadata.clone(), action: "write the superblock", source };
+        let mut committer = Committer::new(&recovered);
+        // One that was given away had nothing in the air.
+        if !superblock.clean && !live.is_inherited() && superblock.state != CacheState::Away && superblock.dirty_exact {
+            // Before the seal: to whoever comes after a kill, what is sealed has lost nothing.
+            committer.update(&metadata, |s| s.dirty_exact = false).map_err(io)?;
+        }
         live.seal();
-        let lost_power = !superblock.clean && !live.is_inherited();
         let live_path = live.path().to_owned();
         let maps = Maps::new(geometry, Box::new(live));
-        let mut committer = Committer::new(&recovered);
         let opened = committer.update(&metadata, |s| {
             s.clean = false;
             s.boot_id = boot;
             s.source.clone_from(&source.uri);
-            // One that was given away had nothing in the air.
-            s.dirty_exact &= !lost_power || s.state == CacheState::Away;
         });
-        let io = |source| MetadataError::Io { path: options.metadata.clone(), action: "write the superblock", source };
         opened.map_err(io)?;
         let store = Store { data: data.clone(), metadata, committer, live_path };
         Ok(Self { data, maps, store, resumed, notes: recovered.notes })

@@ -3,6 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use crate::daemon::refuse_cache;
 use crate::export::{Reclaimed, reclaim};
 
 /// Take an image back that was given to another host
@@ -21,6 +22,8 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
+    // Whose disk a cache is, its device knows.
+    refuse_cache(&args.image)?;
     let image = args.image.display();
     match reclaim(&args.image, args.force)? {
         Reclaimed::WasHere => outln!("{image} is here, and may be used"),

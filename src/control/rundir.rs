@@ -2,7 +2,7 @@
 
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, FileExt, OpenOptionsExt};
+use std::os::unix::fs::{DirBuilderExt, FileExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -86,6 +86,9 @@ pub struct UblkEntry {
     /// In standby, the guest's first write makes it active.
     #[serde(default)]
     pub on_write: bool,
+    /// It was given away, and goes on without its source.
+    #[serde(default)]
+    pub no_source: bool,
     /// Where it is offered to other hosts.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub export: Option<String>,
@@ -168,11 +171,13 @@ impl RunDir {
         check_name(name)?;
         let path = self.entry_file(name);
         let io = |source| NameError::Io { name: name.into(), source };
-        let file = OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
-        let file = file.map_err(io)?;
+        let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
+        let mut file = open().map_err(io)?;
         let started = Instant::now();
         loop {
             match file.try_lock() {
+                // Who had it before may have removed the file at its end: then the lock is on nothing.
+                Ok(()) if !is_at(&file, &path).map_err(io)? => file = open().map_err(io)?,
                 Ok(()) => {
                     let inherited = file.metadata().map_err(io)?.len() > 0;
                     return Ok(Claim { file, path, inherited });
@@ -255,6 +260,12 @@ impl Claim {
     }
 }
 
+/// Is it still what lies there?
+fn is_at(file: &File, path: &Path) -> io::Result<bool> {
+    let ours = file.metadata()?;
+    Ok(fs::metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())))
+}
+
 fn check_name(name: &str) -> Result<(), NameError> {
     let fits = (1..=MAX_NAME).contains(&name.len()) && !name.starts_with(['.', '-']);
     if fits && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) {
@@ -267,6 +278,26 @@ fn check_name(name: &str) -> Result<(), NameError> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_name_that_is_given_back_meanwhile_is_had_for_good() {
+        let dir = tempfile::tempdir().unwrap();
+        let run = RunDir::at(dir.path().into());
+        for _ in 0..20 {
+            let first = run.claim("web").unwrap();
+            let waiting = std::thread::spawn({
+                let run = run.clone();
+                move || run.claim("web").unwrap()
+            });
+            // It waits for the lock on this file, which goes away.
+            std::thread::sleep(Duration::from_millis(15));
+            first.release();
+            let second = waiting.join().unwrap();
+            assert!(second.path.exists(), "who has the name can be found");
+            assert!(is_at(&second.file, &second.path).unwrap());
+            second.release();
+        }
+    }
 
     #[test]
     fn a_name_is_had_once_and_comes_back() {

@@ -7,7 +7,7 @@ use crate::device::Core;
 use crate::frontend::Onward;
 use crate::nbd::Address;
 use crate::server::listen;
-use crate::uring::FileIo;
+use crate::uring::{FileIo, Listener};
 
 /// See the module's page.
 pub(super) struct ExportSide {
@@ -15,23 +15,20 @@ pub(super) struct ExportSide {
     name: String,
     hands: Arc<Hands>,
     state: Mutex<State>,
+    wanted: Mutex<Option<Address>>,
 }
 
 enum State {
     /// Nobody has asked for it.
     Idle(FileIo),
-    Running {
-        onward: Onward,
-        /// Where it listens, if it does.
-        at: Option<Address>,
-    },
+    Running(Onward),
     /// The cache is not open any more: whoever waits for that may go on.
     Ended,
 }
 
 impl ExportSide {
     pub(super) fn new(core: Arc<Core>, cache: FileIo, name: String, hands: Arc<Hands>) -> Self {
-        Self { core, name, hands, state: Mutex::new(State::Idle(cache)) }
+        Self { core, name, hands, state: Mutex::new(State::Idle(cache)), wanted: Mutex::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -40,46 +37,49 @@ impl ExportSide {
 
     /// Listens there, and nowhere else any more; says under which URI it is found.
     pub(super) fn start(&self, asked: &Address) -> Result<String, String> {
-        let (listener, address) = listen(asked).map_err(|e| e.to_string())?;
+        self.start_on(asked, listen(asked).map_err(|e| e.to_string())?)
+    }
+
+    /// The same with what was found there before.
+    pub(super) fn start_on(&self, asked: &Address, (listener, address): (Listener, Address)) -> Result<String, String> {
         let mut state = self.lock();
         if let State::Idle(cache) = &*state {
             let (core, hands) = (self.core.clone(), self.hands.clone());
             let onward = Onward::start(core, self.core.last_queue(), cache.clone(), self.name.clone(), hands);
-            *state = State::Running { onward: onward.map_err(|e| e.to_string())?, at: None };
+            *state = State::Running(onward.map_err(|e| e.to_string())?);
         }
-        match &mut *state {
-            State::Running { onward, at } => {
-                onward.listen(listener);
-                *at = Some(to_listen_again(asked, &address));
-            }
+        match &*state {
+            State::Running(onward) => onward.listen(listener),
             State::Idle(_) | State::Ended => return Err("the device is stopping".into()),
         }
         drop(state);
+        self.want(Some(to_listen_again(asked, &address)));
         let uri = address.uri(&self.name).to_string();
         self.hands.set_export(Some(uri.clone()));
         Ok(uri)
     }
 
-    /// Where another daemon of this device would have to listen.
-    pub(super) fn address(&self) -> Option<Address> {
-        match &*self.lock() {
-            State::Running { at, .. } => at.clone(),
-            State::Idle(_) | State::Ended => None,
-        }
+    /// Where another daemon of this device would have to listen: also if this one could not.
+    pub(super) fn wanted(&self) -> Option<Address> {
+        self.wanted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(super) fn want(&self, address: Option<Address>) {
+        *self.wanted.lock().unwrap_or_else(PoisonError::into_inner) = address;
     }
 
     /// Does not listen any more.
     pub(super) fn close(&self) {
-        if let State::Running { onward, at } = &mut *self.lock() {
+        self.want(None);
+        if let State::Running(onward) = &*self.lock() {
             onward.close();
-            *at = None;
             self.hands.set_export(None);
         }
     }
 
     /// Ends what was started.
     pub(super) fn stop(&self) {
-        if let State::Running { onward, .. } = std::mem::replace(&mut *self.lock(), State::Ended) {
+        if let State::Running(onward) = std::mem::replace(&mut *self.lock(), State::Ended) {
             onward.stop();
         }
     }

@@ -20,6 +20,10 @@ use crate::nbd::Address;
 use crate::remote::{LossPolicy, OnLoss, OnLossError, SourceStats};
 use crate::server::ServeStats;
 use crate::ublk::DeviceInfo;
+use crate::uring::{BindError, Listener};
+
+/// How long a setting may take to be written down.
+const WRITE_DOWN_PATIENCE: Duration = Duration::from_secs(5);
 
 /// What a device is, for as long as its daemon runs.
 pub(super) struct DeviceFacts {
@@ -93,6 +97,16 @@ impl DaemonHandler {
         }
     }
 
+    /// Offers the device to other hosts, from the start. `Err`: not now, but the next daemon of it will try again.
+    pub(super) fn export_on(
+        &self,
+        asked: &Address,
+        found: Result<(Listener, Address), BindError>,
+    ) -> Result<(), String> {
+        self.export.want(Some(asked.clone()));
+        self.export.start_on(asked, found.map_err(|e| e.to_string())?).map(drop)
+    }
+
     /// Offers the device to other hosts.
     pub(super) fn export(&self, address: &Address) -> Result<String, String> {
         self.export.start(address)
@@ -102,7 +116,7 @@ impl DaemonHandler {
     pub(super) fn note_settings(&self, entry: &mut UblkEntry) {
         entry.hydrate = self.core.hydration.mode().to_string();
         entry.on_source_loss = self.device.policy.get().to_string();
-        entry.export = self.export.address().map(|address| address.to_string());
+        entry.export = self.export.wanted().map(|address| address.to_string());
     }
 
     pub(super) fn stop_export(&self) {
@@ -279,8 +293,11 @@ impl Handler for DaemonHandler {
 
     fn set(&self, key: &str, value: &str) -> Result<String, String> {
         let now = self.change(key, value)?;
-        // One that is stopping writes nothing down any more.
-        let _ = lock(&self.wishes).send(Wish::WriteDown);
+        // Whoever has the answer may kill us. One that is stopping writes nothing down any more.
+        let (answer, written) = crossbeam::channel::bounded(1);
+        if lock(&self.wishes).send(Wish::WriteDown { answer }).is_ok() {
+            let _ = written.recv_timeout(WRITE_DOWN_PATIENCE);
+        }
         Ok(now)
     }
 

@@ -24,7 +24,9 @@ const TICK: Duration = Duration::from_millis(500);
 pub(super) enum Wish {
     Stop,
     /// A setting was changed: whoever takes the device over is to know.
-    WriteDown,
+    WriteDown {
+        answer: Sender<()>,
+    },
     Detach {
         incomplete: bool,
         answer: Sender<Result<Detached, String>>,
@@ -66,7 +68,10 @@ impl Daemon {
             return match self.hands.finish_homecoming() {
                 Ok(()) => Ok(self),
                 Err(why) => {
-                    self.stop().unwrap_or_else(|e| log::warn!("{e}"));
+                    // It has users, who wait for the next attempt.
+                    if !self.frontend.is_taken_over() {
+                        self.stop().unwrap_or_else(|e| log::warn!("{e}"));
+                    }
                     Err(DaemonError::Kept(why))
                 }
             };
@@ -114,12 +119,14 @@ impl Daemon {
                     log::info!("the block device was stopped by somebody else");
                     return self.stop().map(|()| End::Gone);
                 }
-                Ok(Wish::WriteDown) => {
+                Ok(Wish::WriteDown { answer }) => {
                     if let Some(claim) = claim
                         && let Err(e) = self.publish(claim)
                     {
                         log::warn!("what was set will not survive the daemon: {e}");
                     }
+                    // Whoever asked may have waited for long enough.
+                    let _ = answer.send(());
                 }
                 Err(RecvTimeoutError::Timeout) => observer.tick(&self.handler.sample()),
                 Err(RecvTimeoutError::Disconnected) | Ok(Wish::Stop) => match self.frontend.close() {

@@ -5,14 +5,14 @@ use std::io;
 use std::os::unix::fs::chown;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use crossbeam::channel::{Receiver, Sender};
 
 use super::export_side::ExportSide;
 use super::handler::{DaemonHandler, DeviceFacts, Meters, Sides};
 use super::hands::{Hands, Landing, phase_of, right_of};
-use super::{Daemon, DaemonError, DaemonOptions, Standby, Wish, is_given_away, ublk};
+use super::{Daemon, DaemonError, DaemonOptions, Standby, UblkOptions, Wish, is_given_away, ublk};
 use crate::cache::{
     Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Superblock, Whole,
     default_metadata_path, peek,
@@ -28,14 +28,16 @@ use crate::frontend::{Frontend, NbdFrontend, Presentation, UblkFrontend, UblkSha
 use crate::handoff::{Deed, Right};
 use crate::nbd::{Address, Standing};
 use crate::remote::{Expect, LossPolicy};
-use crate::server::ServeStats;
+use crate::server::{ServeStats, listen};
 use crate::ublk::Device;
-use crate::uring::{FileIo, Listener, bind_private};
+use crate::uring::{BindError, FileIo, Listener, bind_private};
 
 /// How long a guest's first write makes the source wait for those who still write there, at a time.
 const WRITE_PATIENCE: Duration = Duration::from_secs(5);
 /// Pause before it is tried again.
 const RETRY_PAUSE: Duration = Duration::from_millis(200);
+/// How long a port may be taken that a dead daemon had.
+const PORT_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Where everything of a device is, as absolute paths.
 struct Places {
@@ -119,6 +121,16 @@ pub(super) fn start(
         // From here on a kill leaves something behind that only the entry tells of.
         claim.publish(&entry).map_err(|e| DaemonError::Io("the run directory's entry", e))?;
     }
+    let is_recovery = options.ublk.is_some_and(|ublk| ublk.recover.is_some());
+    let offer = options.export.as_ref().map(|asked| (asked, listen_there(asked, is_recovery)));
+    let offer = match offer {
+        // Nothing was made yet.
+        Some((_, Err(e))) if !is_recovery => {
+            let _ = std::fs::remove_file(&places.control);
+            return Err(e.into());
+        }
+        offer => offer,
+    };
     let policy = LossPolicy::new(options.on_source_loss);
     let up = start_on(options, run_dir, &places, &policy, door, interrupted);
     let Up { core, frontend, fetch, commit, source_uri, meters, hands, is_fresh, file, rung } = match up {
@@ -146,14 +158,11 @@ pub(super) fn start(
     if let Some(rung) = rung {
         activate_on_write(hands.clone(), rung).map_err(|e| DaemonError::Io("cannot start the handoff thread", e))?;
     }
-    if let Some(address) = &options.export {
-        match handler.export(address) {
-            // Who uses the device must not wait for that.
-            Err(why) if options.ublk.is_some_and(|ublk| ublk.recover.is_some()) => {
-                log::warn!("{}: it is not offered to other hosts: {why}", options.name);
-            }
-            done => drop(done.map_err(DaemonError::Kept)?),
-        }
+    if let Some((asked, found)) = offer
+        && let Err(why) = handler.export_on(asked, found)
+    {
+        // Who uses the device must not wait for that.
+        log::warn!("{}: it is not offered to other hosts: {why}", options.name);
     }
     Ok(Daemon { core, handler, frontend, fetch, commit, entry, hands, is_fresh, metadata: places.metadata })
 }
@@ -172,10 +181,21 @@ struct Up {
     rung: Option<Receiver<()>>,
 }
 
+/// The dead daemon of a device may hold its port for a moment.
+fn listen_there(asked: &Address, is_recovery: bool) -> Result<(Listener, Address), BindError> {
+    let deadline = Instant::now() + if is_recovery { PORT_PATIENCE } else { Duration::ZERO };
+    loop {
+        match listen(asked) {
+            Err(_) if Instant::now() < deadline => std::thread::sleep(RETRY_PAUSE),
+            found => return found,
+        }
+    }
+}
+
 /// Waits for the guest's first write.
 fn activate_on_write(hands: Arc<Hands>, rung: Receiver<()>) -> io::Result<()> {
     let wait_for_write = move || {
-        while rung.recv().is_ok() && hands.waits() {
+        while rung.recv().is_ok() && hands.waits() && !hands.has_failed() {
             if let Err(why) = hands.activate(WRITE_PATIENCE) {
                 log::warn!("a write waits for the handoff: {why}");
                 std::thread::sleep(RETRY_PAUSE);
@@ -204,10 +224,7 @@ fn start_on(
     }
     let facts = facts_of(options, known.as_ref(), hello.as_ref());
     let block_bytes = block_bytes(options, known.as_ref(), hello.as_ref())?;
-    let logical = options.ublk.map_or(Ok(0), |ublk| {
-        let unit = ublk.logical_bytes.unwrap_or_else(|| hello.as_ref().map_or(1, |h| h.min_read_bytes));
-        logical_bytes(facts.size_bytes, unit)
-    })?;
+    let logical = logical_of(options, &door, hello.as_ref(), facts.size_bytes)?;
     let is_ours = known.as_ref().map(right_of) == Some(Right::Active);
     let gives_nothing = standing.is_none() && hello.as_ref().is_some_and(|hello| hello.sends_holes);
     if options.standby.is_some() && !is_ours && gives_nothing {
@@ -236,9 +253,12 @@ fn start_on(
     // One more, for those who get the device from here.
     let queues = 1 + if let Door::Ublk(device) = &door { usize::from(device.info().queues) } else { 1 };
     let on_write = options.standby == Some(Standby::OnWrite) && right_of(&superblock) == Right::Standby;
-    let (bell, rung) = on_write.then(|| crossbeam::channel::bounded(1)).unzip();
+    let (bell, rung) = crossbeam::channel::bounded(1);
+    let rung = on_write.then_some(rung);
     // Nobody reads or writes here before the disk is all home.
     let phase = if home.is_some() { Phase::Standby } else { phase_of(&superblock) };
+    // Where it becomes active without being told to, the guest need not notice that it was not.
+    let bell = (on_write || is_ours || options.standby.is_none()).then_some(bell);
     let gate = Gate::new(phase, queues, bell);
     // What nobody wants any more is not fetched.
     let hydration = Hydration::new(if superblock.released { Mode::Off } else { options.hydrate });
@@ -368,6 +388,15 @@ fn open_source(
     // Nobody else could give this disk back, or would be taken for whoever gave it.
     let known_ferry = is_given_away(&options.cache) || known.is_some_and(|superblock| superblock.gift.is_some());
     match FetchThread::start(Some(options.source.clone()), known_ferry, policy.clone(), interrupted) {
+        // It needs no source, and whoever answers at that address now need not be the one it came from.
+        Ok((fetch, Some(hello))) if complete && known.is_some_and(|known| is_another(known, &hello)) => {
+            log::info!(
+                "the cache is complete, going on without {}: it is another disk, or was changed",
+                options.source
+            );
+            fetch.stop();
+            Ok(FetchThread::start(None, false, policy.clone(), interrupted)?)
+        }
         Ok(opened) => Ok(opened),
         Err(FetchThreadError::Dial(e)) if complete => {
             log::info!("the cache is complete, going on without its source ({e})");
@@ -378,6 +407,13 @@ fn open_source(
     }
 }
 
+/// Is a source not what a cache was made of? One that gave its disk and took it back is.
+fn is_another(cache: &Superblock, hello: &SourceHello) -> bool {
+    let disk = hello.standing.as_ref().map(|standing| standing.disk);
+    let gave = cache.gift.is_some_and(|gift| disk == Some(gift.disk));
+    !gave && (hello.size_bytes, &hello.identity) != (cache.size_bytes, &cache.source_identity)
+}
+
 fn facts_of(options: &DaemonOptions, known: Option<&Superblock>, hello: Option<&SourceHello>) -> SourceFacts {
     let (size_bytes, identity) = match (hello, known) {
         (Some(hello), _) => (hello.size_bytes, hello.identity.clone()),
@@ -386,6 +422,23 @@ fn facts_of(options: &DaemonOptions, known: Option<&Superblock>, hello: Option<&
     };
     let disk = hello.and_then(|hello| hello.standing.as_ref()).map(|standing| standing.disk);
     SourceFacts { uri: options.source.to_string(), size_bytes, identity, disk }
+}
+
+/// The logical block size of a block device; of one that is taken over, the one that it has.
+fn logical_of(
+    options: &DaemonOptions,
+    door: &Door,
+    hello: Option<&SourceHello>,
+    size_bytes: u64,
+) -> Result<u64, DaemonError> {
+    match (door, &options.ublk) {
+        (Door::Ublk(device), Some(UblkOptions { recover: Some(_), .. })) => Ok(device.sizes()?.1),
+        (Door::Ublk(_), Some(ublk)) => {
+            let unit = ublk.logical_bytes.unwrap_or_else(|| hello.map_or(1, |hello| hello.min_read_bytes));
+            Ok(logical_bytes(size_bytes, unit)?)
+        }
+        _ => Ok(0),
+    }
 }
 
 /// The block size to open with: as asked for; for a new cache at least the source's own unit.

@@ -54,6 +54,7 @@ impl UblkOptions {
             on_source_loss: options.on_source_loss.to_string(),
             ublksrv: self.ublksrv,
             on_write: options.standby == Some(Standby::OnWrite),
+            no_source: options.no_source,
             export: options.export.as_ref().map(ToString::to_string),
         }
     }
@@ -102,7 +103,7 @@ pub fn recovery_of(run_dir: &RunDir, name: &str) -> Result<DaemonOptions, Daemon
         socket_owner: None,
         block_bytes: None,
         forget_unflushed: false,
-        no_source: false,
+        no_source: ublk.no_source,
         overwrite: false,
         ublk: Some(UblkOptions {
             id: None,
@@ -165,6 +166,7 @@ mod tests {
                 on_source_loss: "fail-after:5s".into(),
                 ublksrv: true,
                 on_write,
+                no_source: on_write,
                 export: on_write.then(|| "[::1]:10809".into()),
             };
             let entry = Entry {
@@ -186,7 +188,7 @@ mod tests {
                 (options.hydrate.to_string(), options.on_source_loss.to_string()),
                 ("off".into(), "fail-after:5s".into())
             );
-            assert_eq!(options.export.is_some(), on_write);
+            assert_eq!((options.export.is_some(), options.no_source), (on_write, on_write));
             assert_eq!(options.ublk.unwrap().recover, Some((7, 1)));
         }
     }

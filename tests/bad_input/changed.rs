@@ -160,3 +160,25 @@ fn a_foreign_source_is_known_by_its_contents() {
     source.set_image(image);
     half.goes_on(&world, &source.uri);
 }
+
+#[test]
+fn who_is_complete_needs_nobody_and_so_nobody_in_particular() {
+    let world = World::new();
+    let half = HalfWay::new(&world);
+    let export = world.export(&half.image);
+    half.goes_on(&world, &export.uri);
+    let socket = export.uri.split_once("socket=").unwrap().1.to_owned();
+    export.stop();
+    // Another image is on offer there now: of another size, and of the same.
+    for size in [2 * SIZE, SIZE] {
+        let other = world.path("other");
+        std::fs::write(&other, noise(5, size as usize)).unwrap();
+        let export = world.export_at(&other, &format!("unix:{socket}"));
+        let device = world.attach(&export.uri, &half.cache, "disk", &[]);
+        assert_eq!(device.status()["state"], "complete");
+        assert!(Client::connect(&device.uri).read(0, 4096) == half.expected[..4096]);
+        device.detach();
+        export.stop();
+    }
+    assert!(std::fs::read(&half.cache).unwrap() == half.expected);
+}

@@ -41,6 +41,8 @@ fn three_hosts_in_a_row() {
         assert!(data <= SIZE + in_standby, "{}: {data} bytes", device.name);
     }
     assert_eq!(wait_released(&b)["state"], "away");
+    let refused = rig.world.refused(["reclaim", rig.cache.to_str().unwrap()]);
+    assert!(refused.contains("was given away"), "{refused}");
     wanted[1 << 20..(1 << 20) + 8192].fill(1);
     wanted[..4096].fill(2);
     wanted[3 << 20..(3 << 20) + 4096].fill(4);

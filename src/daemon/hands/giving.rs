@@ -39,6 +39,9 @@ impl Owner for Hands {
         if state.right != Right::Active {
             return no("the device is in standby itself".into(), false);
         }
+        if state.landing.is_some() {
+            return no("the disk is still coming home".into(), true);
+        }
         if let Some(reason) = self.core.health.failed() {
             return no(format!("the device has failed: {reason}"), false);
         }

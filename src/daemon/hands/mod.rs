@@ -170,6 +170,11 @@ impl Hands {
         self.shown().right == Right::Standby
     }
 
+    /// Has the device stopped for good?
+    pub(super) fn has_failed(&self) -> bool {
+        self.core.health.has_failed()
+    }
+
     /// Was the disk given to us, whatever became of it since?
     pub(super) fn is_ours(&self) -> bool {
         self.shown().right == Right::Active

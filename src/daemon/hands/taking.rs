@@ -138,21 +138,27 @@ impl Hands {
         landed.map_err(|why| {
             // Another attach goes on from here.
             let why = format!("the disk has come home, but {why}; attach it again");
-            self.core.health.set_failed(why.clone());
+            self.core.fail(why.clone());
             format!("{}: {why}", self.name)
         })
     }
 
     /// The same for a predecessor, who died before it was done.
     pub(in crate::daemon) fn finish_homecoming(&self) -> Result<(), String> {
-        let Some(landing) = self.step().landing.take() else { return Ok(()) };
+        // All of it is one step: the disk is nobody else's before it is all home, and nobody writes to it before.
+        let mut state = self.step();
+        if state.landing.is_none() {
+            return Ok(());
+        }
         // The source is frozen still. Who is complete needs none, and may have none.
         if !self.core.health.is_complete() {
             // It committed what was written before it gave the disk away: that it lost power since changes nothing.
             self.core.adopt(&kept_blocks(&self.changed()?.stretches, self.core.geometry()));
         }
         self.record(|_| {})?;
-        landing.home.clear().map_err(|e| format!("{}: {e}", self.name))?;
+        if let Some(landing) = state.landing.take() {
+            landing.home.clear().map_err(|e| format!("{}: {e}", self.name))?;
+        }
         self.core.gate.set(Phase::Active);
         self.core.hydration.wake();
         Ok(())
