@@ -65,12 +65,16 @@ fn a_machine_moves_and_its_disk_follows() {
     let told_at_a = site.a.stamps();
     site.b.virsh(&site.migration(&site.a.uri(), &[]));
     assert_eq!((site.a.state().as_str(), site.b.state().as_str()), ("running", "shut off"));
+    // How much that was, only the machine knows. What it read before its first write was not kept.
+    let read_at_a = site.status_at(&site.a)["frontend"]["read_bytes"].as_u64().unwrap();
+    let written_at_b = site.status_at(&site.b)["blocks"]["dirty"].as_u64().unwrap() * 4096;
     site.a.ok(&["set", DEVICE, "hydrate=auto"]);
     site.wait_complete_at(&site.a);
     site.a.wait_stamps(10);
     let back = data_bytes(&site.status_at(&site.a));
-    println!("{back} bytes of data crossed on the way back");
-    assert!(back < data / 20, "more than what was written there: {back}");
+    println!("{back} bytes of data crossed on the way back; {written_at_b} were written there, {read_at_a} read");
+    assert!(written_at_b < data / 4, "it is a test of little that was written: {written_at_b}");
+    assert!(back <= written_at_b + read_at_a, "more than what was written there: {back}");
 
     // A power cut, as far as the guest is concerned.
     let told = [told_at_a, site.b.stamps()].concat();
