@@ -15,8 +15,6 @@ const SYS_CACHESTAT: libc::c_long = 451;
 pub(super) const PIECE_BYTES: u64 = 16 << 10;
 /// Piece that is looked at first; where nothing is, or all, nothing smaller is.
 pub(super) const FIRST_BYTES: u64 = 64 << 20;
-/// Pages that one call counts, about: a millisecond.
-const MOST_PAGES: u64 = 1 << 18;
 
 /// `struct cachestat_range` of `<linux/mman.h>`.
 #[repr(C)]
@@ -42,35 +40,35 @@ impl FileIo {
     /// Linux 6.5, or if the file is another user's.
     pub(super) fn cached(&self, range: Range<u64>, max: usize) -> io::Result<Vec<(u64, bool)>> {
         let mut stretches = Stretches::new(max);
-        let (mut at, mut pages) = (range.start, 0);
-        while at < range.end && pages < MOST_PAGES && stretches.has_room() {
+        let mut at = range.start;
+        while at < range.end && stretches.has_room() {
             let end = range.end.min((at / FIRST_BYTES + 1) * FIRST_BYTES);
-            pages += self.look(at..end, &mut stretches)?;
+            self.look(at..end, &mut stretches)?;
             at = end;
         }
         Ok(stretches.found())
     }
 
-    /// Adds what there is in a range, and says how many of its pages are in the cache.
-    fn look(&self, range: Range<u64>, stretches: &mut Stretches<bool>) -> io::Result<u64> {
+    /// Adds what there is in a range.
+    fn look(&self, range: Range<u64>, stretches: &mut Stretches<bool>) -> io::Result<()> {
         if !stretches.has_room() {
-            return Ok(0);
+            return Ok(());
         }
         let len = range.end - range.start;
         let pages = self.cached_pages(&range)?;
         let all = len.div_ceil(PAGE_BYTES as u64);
         if pages == 0 || pages >= all || len <= PIECE_BYTES {
             stretches.push(len, pages > 0);
-            return Ok(pages);
+            return Ok(());
         }
         // Within the range, since that is longer than a piece.
         let whole = |at: u64| at / PIECE_BYTES * PIECE_BYTES;
         let half = whole(range.start + len / 2).max(whole(range.start) + PIECE_BYTES);
         self.look(range.start..half, stretches)?;
-        self.look(half..range.end, stretches)?;
-        Ok(pages)
+        self.look(half..range.end, stretches)
     }
 
+    /// How many pages of a range are in the page cache.
     pub(super) fn cached_pages(&self, range: &Range<u64>) -> io::Result<u64> {
         let asked = CachestatRange { offset: range.start, len: range.end - range.start };
         let mut told = Cachestat::default();
