@@ -13,7 +13,7 @@ use super::messages::{CommitRequest, FetchRequest, QueueMessage};
 use crate::cache::Superblock;
 use crate::engine::{Action, BlockRun, ByteRange, Engine, Event, Geometry, Maps, OpId};
 use crate::remote::FetchedData;
-use crate::uring::{Mailbox, Part, now};
+use crate::uring::{Mailbox, now};
 
 /// Bits of an [`OpId`] that count; those above name the queue.
 const OP_BITS: u32 = 48;
@@ -210,9 +210,7 @@ impl Core {
                     self.to_queue(op, QueueMessage::Zero { io, range, keep_allocated });
                 }
                 Action::Deliver { io, op, range, .. } => {
-                    let mut pieces = data.expect("only a fetch that just ended delivers").pieces(range);
-                    // An answer may lie for long, and is counted by its length: it must not hold a whole fetch.
-                    pieces.iter_mut().for_each(Part::let_go_of_the_rest);
+                    let pieces = data.expect("only a fetch that just ended delivers").pieces(range);
                     self.to_queue(op, QueueMessage::Deliver { io, op, range, pieces });
                 }
                 Action::Complete { op, result } => self.to_queue(op, QueueMessage::Complete { op, result }),

@@ -45,8 +45,10 @@ impl ChunkKind {
 pub const DATA_OFFSET_LEN: usize = 8;
 
 const HOLE_LEN: usize = 12;
-const EXTENT_LEN: usize = 8;
-const HASH_LEN: usize = 32;
+/// Bytes of an extent on the wire.
+pub const EXTENT_LEN: usize = 8;
+/// Bytes of a hash on the wire.
+pub const HASH_LEN: usize = 32;
 const FERRY_HASHES_HEAD_LEN: usize = 12;
 /// Room in an error chunk for the message and what later kinds of error may add.
 const MAX_ERROR_LEN: usize = 6 + MAX_NAME + 1024;

@@ -60,6 +60,8 @@ pub const MAX_MIN_BLOCK: u32 = 64 * 1024;
 pub const MAX_EXTENTS: usize = 1 << 20;
 /// Most hashes in one ferry hash chunk: 2^20, that is 32 MiB of payload.
 pub const MAX_FERRY_HASHES: usize = 1 << 20;
+/// Most extents in one chunk of a context of ours, [`FERRY_HOT`] or [`FERRY_CHANGED_ID`].
+pub const MAX_FERRY_EXTENTS: usize = 64 << 10;
 
 bitflags! {
     /// What the server offers in its greeting (spec: "Handshake flags").

@@ -5,8 +5,8 @@
 //! a silent connection early would never let a slow source answer. So when half of that time is over, the source is asked
 //! on a new connection for a little of what is awaited on the silent one. If that is answered first, the silent one is
 //! given up and the new one takes its place. Once for each read: who asks for the whole of it again may wait for as long as
-//! silence may last, since the source may be slow there and nowhere else. Only of reads: a step of a handoff or a question may take long at a source that
-//! reads well.
+//! silence may last, since the source may be slow there and nowhere else. Only of reads: a step of a handoff or a question
+//! may take long at a source that reads well.
 
 use std::rc::Rc;
 use std::time::Instant;

@@ -18,9 +18,10 @@ use super::dial::Dialed;
 use super::read::{BadCover, FetchedData, HashAssembly, ReadAssembly};
 use super::stats::SourceStats;
 use crate::engine::{ByteRange, Errno, Extent};
+use crate::nbd::chunk::EXTENT_LEN;
 use crate::nbd::{
     Ask, ChunkKind, ClientSession, Command, CommandFlags, FERRY_CHANGED, FERRY_CHANGED_ID, FERRY_IS_HOT,
-    FERRY_WAS_USED, NbdError, ProtocolError, Request, Told,
+    FERRY_WAS_USED, MAX_FERRY_EXTENTS, NbdError, ProtocolError, Request, Told,
 };
 use crate::uring::{Connection, Mailbox, Part, now, spawn};
 
@@ -61,8 +62,8 @@ pub(super) struct Asked {
     cookie: u64,
 }
 
-/// Longest chunk of a context of our own: 65,536 stretches.
-const MAX_MARKED_BYTES: usize = 4 + 8 * (64 << 10);
+/// Longest chunk of a context of our own: its id, and the extents.
+const MAX_MARKED_BYTES: usize = 4 + EXTENT_LEN * MAX_FERRY_EXTENTS;
 /// Smallest piece that a context of our own tells of, a block or a page, but for the ends of a range.
 const LEAST_STRETCH_BYTES: u64 = 4096;
 
@@ -97,6 +98,14 @@ enum Waiting {
 struct Pending {
     waiting: Waiting,
     error: Option<NbdError>,
+}
+
+/// Those that are reads: cookie and range.
+fn reads_in(pending: &HashMap<u64, Pending>) -> impl Iterator<Item = (u64, ByteRange)> {
+    pending.iter().filter_map(|(cookie, pending)| match &pending.waiting {
+        Waiting::Read { read, .. } => Some((*cookie, read.range())),
+        _ => None,
+    })
 }
 
 /// A link. Clones are the same link.
@@ -200,21 +209,13 @@ impl Link {
             return Some(range);
         }
         let pending = self.inner.pending.borrow();
-        let reads = pending.iter().filter_map(|(cookie, pending)| match &pending.waiting {
-            Waiting::Read { read, .. } => Some((cookie, read.range())),
-            _ => None,
-        });
-        reads.min_by_key(|(cookie, _)| **cookie).map(|(_, range)| range)
+        reads_in(&pending).min_by_key(|(cookie, _)| *cookie).map(|(_, range)| range)
     }
 
     /// All reads that it owes.
     pub(super) fn awaited_reads(&self) -> Vec<ByteRange> {
         let pending = self.inner.pending.borrow();
-        let reads = pending.values().filter_map(|pending| match &pending.waiting {
-            Waiting::Read { read, .. } => Some(read.range()),
-            _ => None,
-        });
-        reads.chain(self.inner.incoming.get()).collect()
+        reads_in(&pending).map(|(_, range)| range).chain(self.inner.incoming.get()).collect()
     }
 
     /// Waits for the end of the link.

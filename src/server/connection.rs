@@ -8,26 +8,21 @@ use futures_util::FutureExt;
 use futures_util::future::{Either, select};
 
 use super::disk::Disk;
+use super::hashes::READ_BYTES;
 use super::stats::ServeStats;
 use super::{HANDSHAKE_TIMEOUT, HASH_PIECE_BYTES, MAX_BYTES, MAX_REQUESTS, MAX_WAITING_BYTES, replies};
 use crate::engine::ByteRange;
-use crate::nbd::chunk::Extent;
+use crate::nbd::chunk::{EXTENT_LEN, Extent, HASH_LEN};
 use crate::nbd::{
-    Ask, Command, CommandFlags, ExportInfo, Limits, MAX_EXTENTS, NbdError, ProtocolError, Request, ServerHandshake,
-    ServerStep, Session,
+    Ask, Command, CommandFlags, ExportInfo, Limits, MAX_EXTENTS, MAX_FERRY_EXTENTS, NbdError, ProtocolError, Request,
+    ServerHandshake, ServerStep, Session,
 };
 use crate::uring::{Budget, BufferedReader, Connection, Lent, Mailbox, Part, sleep, spawn};
 
 /// Receive buffer: many requests, or the payload of a small write.
 const READER_BYTES: usize = 64 << 10;
-/// What a question about hashes reads at a time.
-const HASHED_BYTES: usize = 1 << 20;
-/// An extent in an answer (spec: "length" and "status flags", 32 bits each).
-const EXTENT_BYTES: usize = 8;
 /// Questions about what is hot that one client may have under way: as many as ours has.
 const MAX_HOT_QUESTIONS: usize = 16;
-/// Stretches in one answer to the question what was written since.
-const CHANGED_STRETCHES: usize = 64 << 10;
 /// Parts sent with one system call, across replies.
 const MAX_PARTS_PER_SEND: usize = 128;
 
@@ -216,12 +211,14 @@ impl<D: Disk> Context<D> {
         match request.command {
             Command::Read if self.disk.reads_at_once(range) => bytes.take(len).await,
             Command::Read => waiting_bytes.take(len).await,
-            Command::FerryHash => waiting_bytes.take(HASHED_BYTES + len / HASH_PIECE_BYTES as usize * 32).await,
-            Command::FerryChanged => waiting_bytes.take(CHANGED_STRETCHES * EXTENT_BYTES).await,
+            Command::FerryHash => {
+                waiting_bytes.take(READ_BYTES as usize + len / HASH_PIECE_BYTES as usize * HASH_LEN).await
+            }
+            Command::FerryChanged => waiting_bytes.take(MAX_FERRY_EXTENTS * EXTENT_LEN).await,
             _ => {
                 let contexts =
                     usize::from(self.session.base_allocation.is_some()) + usize::from(self.session.hot.is_some());
-                waiting_bytes.take(contexts * most_extents(request) * EXTENT_BYTES).await
+                waiting_bytes.take(contexts * most_extents(request) * EXTENT_LEN).await
             }
         }
     }
@@ -235,7 +232,11 @@ async fn answer<D: Disk>(context: &Context<D>, request: Request, payload: Vec<u8
     let disk = &context.disk;
     let result = match command {
         Command::Read => match disk.read(range).await {
-            Ok(pieces) => return replies::data(structured, flags.contains(CommandFlags::DF), cookie, offset, pieces),
+            Ok(mut pieces) => {
+                // It may lie here for long, and is counted by its length: it must not hold a whole fetch.
+                pieces.iter_mut().for_each(Part::let_go_of_the_rest);
+                return replies::data(structured, flags.contains(CommandFlags::DF), cookie, offset, pieces);
+            }
             Err(error) => Err(error),
         },
         Command::Write => disk.write(offset, payload, fua).await,
@@ -261,7 +262,7 @@ async fn answer<D: Disk>(context: &Context<D>, request: Request, payload: Vec<u8
             },
             Err(_) => Err(NbdError::Inval),
         },
-        Command::FerryChanged => match disk.changed(range, CHANGED_STRETCHES).await {
+        Command::FerryChanged => match disk.changed(range, MAX_FERRY_EXTENTS).await {
             Ok(stretches) if !stretches.is_empty() => return replies::changed(cookie, &stretches),
             Ok(_) => Err(NbdError::Inval),
             Err(error) => Err(error),

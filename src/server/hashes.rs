@@ -5,7 +5,7 @@ use crate::engine::ByteRange;
 use crate::nbd::NbdError;
 
 /// Piece in which a range is read to be hashed.
-const READ_BYTES: u64 = 1 << 20;
+pub(super) const READ_BYTES: u64 = 1 << 20;
 /// Longest range that one request for hashes may name.
 const MAX_HASHED_BYTES: u64 = 64 << 20;
 
