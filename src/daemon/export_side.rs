@@ -1,8 +1,9 @@
 //! Offering the device to other hosts, or not any more, while it runs.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex};
 
 use super::hands::Hands;
+use super::lock;
 use crate::device::Core;
 use crate::frontend::Onward;
 use crate::nbd::Address;
@@ -31,10 +32,6 @@ impl ExportSide {
         Self { core, name, hands, state: Mutex::new(State::Idle(cache)), wanted: Mutex::default() }
     }
 
-    fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// Listens there, and nowhere else any more; says under which URI it is found.
     pub(super) fn start(&self, asked: &Address) -> Result<String, String> {
         self.start_on(asked, listen(asked).map_err(|e| e.to_string())?)
@@ -42,7 +39,7 @@ impl ExportSide {
 
     /// The same with what was found there before.
     pub(super) fn start_on(&self, asked: &Address, (listener, address): (Listener, Address)) -> Result<String, String> {
-        let mut state = self.lock();
+        let mut state = lock(&self.state);
         if let State::Idle(cache) = &*state {
             let (core, hands) = (self.core.clone(), self.hands.clone());
             let onward = Onward::start(core, self.core.last_queue(), cache.clone(), self.name.clone(), hands);
@@ -61,17 +58,17 @@ impl ExportSide {
 
     /// Where another daemon of this device would have to listen: also if this one could not.
     pub(super) fn wanted(&self) -> Option<Address> {
-        self.wanted.lock().unwrap_or_else(PoisonError::into_inner).clone()
+        lock(&self.wanted).clone()
     }
 
     pub(super) fn want(&self, address: Option<Address>) {
-        *self.wanted.lock().unwrap_or_else(PoisonError::into_inner) = address;
+        *lock(&self.wanted) = address;
     }
 
     /// Does not listen any more.
     pub(super) fn close(&self) {
         self.want(None);
-        if let State::Running(onward) = &*self.lock() {
+        if let State::Running(onward) = &*lock(&self.state) {
             onward.close();
             self.hands.set_export(None);
         }
@@ -79,7 +76,7 @@ impl ExportSide {
 
     /// Ends what was started.
     pub(super) fn stop(&self) {
-        if let State::Running(onward) = std::mem::replace(&mut *self.lock(), State::Ended) {
+        if let State::Running(onward) = std::mem::replace(&mut *lock(&self.state), State::Ended) {
             onward.stop();
         }
     }

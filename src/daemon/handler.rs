@@ -2,15 +2,15 @@
 
 use std::path::PathBuf;
 use std::sync::atomic::Ordering;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender;
 
-use super::Wish;
 use super::export_side::ExportSide;
 use super::hands::Hands;
 use super::rate::RateMeter;
+use super::{Wish, lock};
 use crate::control::{
     BlockStatus, ByteStatus, CacheStatus, Detached, FrontendStatus, Handler, HydrateStatus, SourceStatus, State,
     Status, Taken, UblkEntry, WireStatus,
@@ -60,10 +60,6 @@ pub(super) struct DaemonHandler {
     rate: Mutex<RateMeter>,
     wishes: Mutex<Sender<Wish>>,
     answered: Mutex<Option<Sender<()>>>,
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> std::sync::MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Bytes that only the source has. The last block may be short.

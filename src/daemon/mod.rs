@@ -20,6 +20,7 @@ mod ublksrv;
 
 use std::io;
 use std::path::PathBuf;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use crate::cache::{CacheState, default_metadata_path, peek};
 use crate::control::{RunDir, Status};
@@ -70,6 +71,13 @@ pub struct DaemonOptions {
     pub export: Option<Address>,
 }
 
+impl DaemonOptions {
+    /// Is it to take over the block device of a daemon that died?
+    fn is_recovery(&self) -> bool {
+        self.ublk.is_some_and(|ublk| ublk.recover.is_some())
+    }
+}
+
 /// How a device leaves standby.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Standby {
@@ -106,7 +114,7 @@ pub fn run(options: &DaemonOptions, observer: &mut dyn Observer) -> Result<(), D
     })?;
     let run_dir = RunDir::open()?;
     let mut claim = run_dir.claim(&options.name)?;
-    let recovering = options.ublk.is_some_and(|ublk| ublk.recover.is_some());
+    let recovering = options.is_recovery();
     if !recovering {
         ublk::refuse_orphans(&run_dir, &claim, options)?;
     }
@@ -159,6 +167,11 @@ fn abort_on_panic() {
         report(info);
         std::process::abort();
     }));
+}
+
+/// A thread that panicked with it held has ended the process.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Was it somebody's image before it was to be a cache?

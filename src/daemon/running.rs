@@ -20,7 +20,7 @@ const TAKE_PATIENCE: Duration = Duration::from_secs(2);
 /// Pace of the daemon's own housekeeping, and of progress displays.
 const TICK: Duration = Duration::from_millis(500);
 
-/// What ends the main loop.
+/// What the main loop is asked for.
 pub(super) enum Wish {
     Stop,
     /// A setting was changed: whoever takes the device over is to know.

@@ -100,6 +100,14 @@ pub(super) fn start(
 ) -> Result<Daemon, DaemonError> {
     let places = Places::of(options, run_dir).map_err(|e| DaemonError::Io("the paths cannot be made absolute", e))?;
     let door = Door::take(options, &places)?;
+    let offer = match &options.export {
+        None => None,
+        Some(asked) => match listen_there(asked, options.is_recovery()) {
+            // While nothing is made that would stay.
+            Err(e) if !options.is_recovery() => return Err(e.into()),
+            found => Some((asked, found)),
+        },
+    };
     let control = bind_private(&places.control)?;
     let uri = door.uri(&places);
     let mut entry = Entry {
@@ -121,16 +129,6 @@ pub(super) fn start(
         // From here on a kill leaves something behind that only the entry tells of.
         claim.publish(&entry).map_err(|e| DaemonError::Io("the run directory's entry", e))?;
     }
-    let is_recovery = options.ublk.is_some_and(|ublk| ublk.recover.is_some());
-    let offer = options.export.as_ref().map(|asked| (asked, listen_there(asked, is_recovery)));
-    let offer = match offer {
-        // Nothing was made yet.
-        Some((_, Err(e))) if !is_recovery => {
-            let _ = std::fs::remove_file(&places.control);
-            return Err(e.into());
-        }
-        offer => offer,
-    };
     let policy = LossPolicy::new(options.on_source_loss);
     let up = start_on(options, run_dir, &places, &policy, door, interrupted);
     let Up { core, frontend, fetch, commit, source_uri, meters, hands, is_fresh, file, rung } = match up {

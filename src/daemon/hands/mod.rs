@@ -6,10 +6,11 @@ mod taking;
 
 use std::ops::{Deref, DerefMut};
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
 use uuid::Uuid;
 
+use super::lock;
 use crate::cache::{CacheState, DataFile, Gift, Superblock};
 use crate::control::HandoffStatus;
 use crate::device::{Core, Phase, SourceSide};
@@ -112,10 +113,6 @@ impl Drop for Held<'_> {
     fn drop(&mut self) {
         *lock(self.shown) = Shown::of(&self.state);
     }
-}
-
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Is the disk ours by what is on record?
