@@ -378,10 +378,13 @@ fn open_source(
     let state = known.map(|superblock| superblock.state);
     let complete = state == Some(CacheState::Complete);
     if options.no_source {
-        if state != Some(CacheState::Away) {
+        if state == Some(CacheState::Away) {
+            return Ok(FetchThread::start(None, false, policy.clone(), interrupted)?);
+        }
+        // One that is taken over may have got its disk back since it was attached without.
+        if !options.is_recovery() {
             return Err(DaemonError::NeedsSource(options.cache.clone()));
         }
-        return Ok(FetchThread::start(None, false, policy.clone(), interrupted)?);
     }
     // Nobody else could give this disk back, or would be taken for whoever gave it.
     let known_ferry = is_given_away(&options.cache) || known.is_some_and(|superblock| superblock.gift.is_some());
