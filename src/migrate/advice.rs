@@ -13,8 +13,8 @@ impl Stuck {
         let abort = all.iter().map(|name| format!("`blkferry abort {name}`")).collect::<Vec<_>>().join(", ");
         match self {
             Self::SourceLost(why) => format!(
-                "{why}; it had not sent everything, and its disks are still at the source: start the machine there again; \
-                 end the destination's QEMU, and {abort}"
+                "{why}; the destination has not got all of the guest's memory, and the disks are still at the source: if the \
+                 machine has ended there, start it again; end the destination's QEMU, and {abort}"
             ),
             Self::NobodyGives(why) => format!(
                 "the disks were not given: {why}; the guest stands still, and the destination's QEMU has its memory: keep \

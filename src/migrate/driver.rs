@@ -215,7 +215,7 @@ impl<'a, W: World> Driver<'a, W> {
                 Err(why) => return self.give_up(why),
             },
             Step::WaitMemory => self.world.wait(Duration::from_millis(200)),
-            Step::WaitSwitchover => return self.wait_switchover(),
+            Step::WaitSwitchover => return self.wait_switchover(view),
             Step::WaitDisks(why) => {
                 if let ControlFlow::Break(_) = self.insist(Stuck::NotActive(why.clone())) {
                     // What comes now, back or not, is given as long again.
@@ -225,6 +225,7 @@ impl<'a, W: World> Driver<'a, W> {
             }
             Step::Continue => {
                 self.state.continued = Some(self.world.now());
+                self.state.own.continued = true;
                 if let Err(why) = self.world.go_on() {
                     return self.give_up(why);
                 }
@@ -257,13 +258,14 @@ impl<'a, W: World> Driver<'a, W> {
         ControlFlow::Continue(())
     }
 
-    fn wait_switchover(&mut self) -> ControlFlow<Outcome> {
+    fn wait_switchover(&mut self, view: &View) -> ControlFlow<Outcome> {
         self.world.wait(Duration::from_millis(100));
         // A source that neither ends nor can be made to: cancelled and not gone, or sending to nobody.
         let since = *self.state.continued.get_or_insert(self.world.now());
         if self.world.now() - since > self.limits.switchover + INSIST {
-            let why = "its migration neither ends nor can be cancelled".to_owned();
-            return ControlFlow::Break(Outcome::Stuck(Stuck::SourceStands(why)));
+            let stands = || Stuck::SourceStands("its migration neither ends nor can be cancelled".to_owned());
+            let stuck = view.source.as_ref().map_or_else(|why| Stuck::SourceLost(why.clone()), |_| stands());
+            return ControlFlow::Break(Outcome::Stuck(stuck));
         }
         ControlFlow::Continue(())
     }

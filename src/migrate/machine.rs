@@ -3,14 +3,16 @@
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use crossbeam::channel::{Receiver, bounded};
 use serde::Serialize;
 use serde_json::{Value, json};
 
 use super::plan::{Machine, Migration, Run};
 use crate::qmp::{Address, Event, Qmp, QmpError};
 
-/// How long a broken way to a QEMU is tried again. One that ended is known at once: nobody listens there.
+/// How long a broken way to a QEMU is waited for. One that ended is known at once: nobody listens there.
 const RECONNECT: Duration = Duration::from_secs(5);
+/// Pause between two attempts; after that they are made beside whatever else there is to do.
 const PACE: Duration = Duration::from_millis(300);
 /// What is heard may be old by then.
 const FRESH: Duration = Duration::from_millis(200);
@@ -46,6 +48,8 @@ pub(super) struct Side {
     role: &'static str,
     address: Address,
     qmp: Result<Qmp, String>,
+    dialling: Option<Receiver<Result<Qmp, QmpError>>>,
+    has_ended: bool,
     machine: Machine,
     looked: Option<Instant>,
     pub(super) memory: Memory,
@@ -60,7 +64,7 @@ impl Side {
         let qmp = Qmp::connect(address, role)?;
         let mut side = Self::lost(role, address, String::new());
         side.qmp = Ok(qmp);
-        side.refresh();
+        side.see();
         Ok(side)
     }
 
@@ -71,6 +75,8 @@ impl Side {
             role,
             address: address.clone(),
             qmp: Err(why),
+            dialling: None,
+            has_ended: false,
             machine,
             looked: None,
             memory: Memory::default(),
@@ -104,10 +110,10 @@ impl Side {
         match self.qmp.as_mut().map(Qmp::events) {
             Ok(Ok(events)) => events.iter().for_each(|event| self.hear(event)),
             Ok(Err(error)) => self.reconnect(error.to_string()),
-            Err(_) => {}
+            Err(_) => self.dial(None),
         }
         if self.looked.is_none_or(|looked| looked.elapsed() > FRESH) {
-            self.refresh();
+            self.see();
         }
         self.qmp.as_ref().map(|_| self.machine.clone()).map_err(|why| why.clone())
     }
@@ -119,17 +125,24 @@ impl Side {
         let _ = self.look();
     }
 
-    fn refresh(&mut self) {
-        let Ok(qmp) = &mut self.qmp else { return };
-        match qmp.ask(["query-status", "query-migrate"]) {
-            Ok([status, migration]) => {
-                self.machine = machine(&status, &migration);
-                self.memory = memory(&migration).unwrap_or(self.memory);
-                self.downtime_ms = migration["downtime"].as_f64().or(self.downtime_ms);
-                self.looked = Some(Instant::now());
+    /// Asks, on another connection if this one turns out to be broken.
+    fn see(&mut self) {
+        if let Err(why) = self.refresh() {
+            self.reconnect(why);
+            if let Err(why) = self.refresh() {
+                self.qmp = Err(why);
             }
-            Err(error) => self.reconnect(error.to_string()),
         }
+    }
+
+    fn refresh(&mut self) -> Result<(), String> {
+        let qmp = self.qmp.as_mut().map_err(|why| why.clone())?;
+        let [status, migration] = qmp.ask(["query-status", "query-migrate"]).map_err(|e| e.to_string())?;
+        self.machine = machine(&status, &migration);
+        self.memory = memory(&migration).unwrap_or(self.memory);
+        self.downtime_ms = migration["downtime"].as_f64().or(self.downtime_ms);
+        self.looked = Some(Instant::now());
+        Ok(())
     }
 
     fn hear(&mut self, event: &Event) {
@@ -155,32 +168,36 @@ impl Side {
         }
     }
 
+    /// Waits for another connection, for a while.
     fn reconnect(&mut self, why: String) {
-        let began = Instant::now();
+        // The old one ends before: QEMU serves one at a time.
+        self.qmp = Err(why);
         self.looked = None;
-        loop {
-            match Qmp::connect(&self.address, self.role) {
-                Ok(qmp) => {
-                    self.qmp = Ok(qmp);
-                    self.refresh();
-                    return;
-                }
-                Err(QmpError::Unreachable { source, .. })
-                    if matches!(self.address, Address::Unix(_))
-                        && matches!(
-                            source.kind(),
-                            std::io::ErrorKind::NotFound | std::io::ErrorKind::ConnectionRefused
-                        ) =>
-                {
-                    self.qmp = Err(format!("{} ({}) has ended", self.role, self.address));
-                    return;
-                }
-                Err(_) if began.elapsed() > RECONNECT => {
-                    self.qmp = Err(why);
-                    return;
-                }
-                Err(_) => sleep(PACE),
+        let until = Instant::now() + RECONNECT;
+        while self.qmp.is_err() && !self.has_ended && Instant::now() < until {
+            self.dial(Some(until));
+        }
+    }
+
+    /// Sees what has become of the attempt to get through again, or begins one. Who waits is told when there is nothing
+    /// more to wait for.
+    fn dial(&mut self, until: Option<Instant>) {
+        if self.has_ended {
+            return;
+        }
+        let dialling = self.dialling.take().unwrap_or_else(|| dialled(self.address.clone(), self.role));
+        let result = match until {
+            Some(until) => dialling.recv_deadline(until).ok(),
+            None => dialling.try_recv().ok(),
+        };
+        match result {
+            Some(Ok(qmp)) => self.qmp = Ok(qmp),
+            Some(Err(error)) if is_nobody(&self.address, &error) => {
+                self.has_ended = true;
+                self.qmp = Err(format!("{} ({}) has ended", self.role, self.address));
             }
+            Some(Err(_)) => {}
+            None => self.dialling = Some(dialling),
         }
     }
 
@@ -198,6 +215,28 @@ impl Side {
     }
 }
 
+/// Connects, on a thread of its own; a failure is told after a pause.
+fn dialled(address: Address, role: &'static str) -> Receiver<Result<Qmp, QmpError>> {
+    let (send, receive) = bounded(1);
+    std::thread::spawn(move || {
+        let result = Qmp::connect(&address, role);
+        if matches!(&result, Err(error) if !is_nobody(&address, error)) {
+            sleep(PACE);
+        }
+        // Nobody may wait for it any more.
+        let _ = send.send(result);
+    });
+    receive
+}
+
+/// Does nobody listen there any more? Of another host that cannot be told: its address may be a forwarded port.
+fn is_nobody(address: &Address, error: &QmpError) -> bool {
+    use std::io::ErrorKind::{ConnectionRefused, NotFound};
+    let is_local = matches!(address, Address::Unix(_));
+    is_local
+        && matches!(error, QmpError::Unreachable { source, .. } if matches!(source.kind(), NotFound | ConnectionRefused))
+}
+
 fn machine(status: &Value, migrate: &Value) -> Machine {
     let run = match status["status"].as_str().unwrap_or_default() {
         "running" => Run::Running,
@@ -207,7 +246,11 @@ fn machine(status: &Value, migrate: &Value) -> Machine {
         "paused" | "prelaunch" => Run::Paused,
         other => Run::Other(other.into()),
     };
-    Machine { run, migration: migration(migrate["status"].as_str().unwrap_or_default()) }
+    match migrate["status"].as_str().unwrap_or_default() {
+        // It listens, and nothing has come yet.
+        "setup" if run == Run::Incoming => Machine { run, migration: Migration::None },
+        status => Machine { run, migration: migration(status) },
+    }
 }
 
 fn migration(status: &str) -> Migration {
@@ -237,7 +280,60 @@ fn memory(migrate: &Value) -> Option<Memory> {
 
 #[cfg(test)]
 mod tests {
+    use std::io::{BufRead, BufReader, Write};
+    use std::net::TcpListener;
+
     use super::*;
+
+    /// A QEMU that serves one connection at a time, as real ones do. The first that is asked gets no sense.
+    fn one_at_a_time(listener: TcpListener) {
+        for (turn, stream) in listener.incoming().enumerate() {
+            let mut stream = stream.unwrap();
+            let greeting = json!({ "QMP": { "version": { "qemu": { "major": 9, "minor": 0 } }, "capabilities": [] } });
+            writeln!(stream, "{greeting}").unwrap();
+            for line in BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok) {
+                let asked: Value = serde_json::from_str(&line).unwrap();
+                let answer = match asked["execute"].as_str().unwrap() {
+                    "query-status" if turn == 0 => "nonsense".to_owned(),
+                    "query-status" => json!({ "return": { "status": "running" }, "id": asked["id"] }).to_string(),
+                    _ => json!({ "return": {}, "id": asked["id"] }).to_string(),
+                };
+                if writeln!(stream, "{answer}").is_err() {
+                    break;
+                }
+            }
+        }
+    }
+
+    fn serve() -> (Address, TcpListener) {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        (Address::Tcp(listener.local_addr().unwrap().to_string()), listener)
+    }
+
+    #[test]
+    fn a_broken_connection_makes_room_for_the_next() {
+        let (address, listener) = serve();
+        std::thread::spawn(|| one_at_a_time(listener));
+        let mut side = Side::connect("it", &address).unwrap();
+        assert_eq!(side.look().map(|machine| machine.run), Ok(Run::Running));
+    }
+
+    #[test]
+    fn a_side_that_comes_back_is_found_again() {
+        let (address, listener) = serve();
+        drop(listener);
+        let mut side = Side::lost("it", &address, "no way there".into());
+        assert_eq!(side.look(), Err("no way there".into()));
+        let Address::Tcp(place) = &address else { unreachable!() };
+        let listener = TcpListener::bind(place).unwrap();
+        std::thread::spawn(|| one_at_a_time(listener));
+        let deadline = Instant::now() + Duration::from_secs(60);
+        while side.look().is_err() {
+            assert!(Instant::now() < deadline, "it is never dialled again");
+            sleep(PACE);
+        }
+        assert_eq!(side.look().map(|machine| machine.run), Ok(Run::Running));
+    }
 
     #[test]
     fn states_of_old_and_new_qemus_are_understood() {
@@ -251,6 +347,7 @@ mod tests {
             at("postmigrate", json!({ "status": "completed" })),
             Machine { run: Run::MovedAway, migration: Migration::Completed }
         );
+        assert_eq!(at("inmigrate", json!({ "status": "setup" })).migration, Migration::None);
         // A state that is not known yet is a migration under way, which is never interfered with.
         assert_eq!(at("inmigrate", json!({ "status": "warming-up" })).migration, Migration::Moving);
     }

@@ -76,6 +76,8 @@ pub struct Own {
     pub started: bool,
     /// The guest is to run at the end. Not if somebody had paused it before.
     pub is_to_run: bool,
+    /// The source was told to send the rest: it may have sent everything.
+    pub continued: bool,
     /// The disks were asked for.
     pub asked: bool,
     /// All disks were taken.
@@ -118,7 +120,7 @@ pub enum Step {
 /// Why nothing more can be done.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Stuck {
-    /// The source's QEMU is out of reach and had not sent everything.
+    /// The source's QEMU is out of reach, and the destination has not got everything.
     SourceLost(String),
     /// Everything was sent, the disks were not given, and the source is out of reach.
     NobodyGives(String),
@@ -142,6 +144,11 @@ impl View {
         matches!(&self.destination, Ok(Machine { run, migration: Migration::Completed }) if *run != Run::Incoming)
     }
 
+    /// Has the destination some of the guest, and perhaps the rest in its sockets?
+    fn is_loading(&self) -> bool {
+        matches!(&self.destination, Ok(Machine { run: Run::Incoming, migration: Migration::Moving }))
+    }
+
     /// Does the guest run at the destination?
     pub fn runs_at_destination(&self) -> bool {
         matches!(&self.destination, Ok(Machine { run: Run::Running, .. }))
@@ -156,7 +163,7 @@ impl View {
                 matches!(machine.run, Run::MovedAway | Run::Stopped)
                     || matches!(machine.migration, Moving | PreSwitchover | Switching | Cancelling)
             }
-            Err(_) => self.is_loaded() || self.has_active(),
+            Err(_) => self.is_loaded() || self.is_loading() || self.has_active(),
         }
     }
 
@@ -199,6 +206,11 @@ pub fn next(view: &View, own: &Own) -> Step {
 fn before(view: &View, own: &Own) -> Step {
     let source = match &view.source {
         Ok(source) => source,
+        // What it sent last may still be on the way into a destination that takes its time. If that is not all of it, the
+        // destination's QEMU ends by itself.
+        Err(_) if view.is_loading() && own.gave_up.is_none() && (own.continued || !own.started) => {
+            return Step::WaitSwitchover;
+        }
         Err(why) => return Step::Stuck(Stuck::SourceLost(why.clone())),
     };
     let obstacle = own.gave_up.as_ref().or_else(|| view.obstacle());

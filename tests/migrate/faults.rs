@@ -49,6 +49,15 @@ impl Watcher for Saboteur<'_> {
     }
 }
 
+/// Leaves after each step.
+struct Once;
+
+impl Watcher for Once {
+    fn after(&mut self, _: &Step) -> ControlFlow<()> {
+        ControlFlow::Break(())
+    }
+}
+
 fn word(step: &Step) -> &'static str {
     match step {
         Step::Start => "start",
@@ -233,6 +242,49 @@ fn memory_that_stalls_is_given_up() {
         assert!((20_000.0..25_000.0).contains(&memory_ms), "{memory_ms}");
         assert!(sim.runs_at_source() && !sim.runs_at_destination());
     }
+}
+
+/// The source's QEMU dies when it has sent everything, and the destination still loads it: nothing is lost.
+#[test]
+fn a_source_that_dies_after_it_has_sent_everything_is_not_needed() {
+    let mut sim = Sim::new(2);
+    sim.loads_for = 20;
+    let died = |sim: &mut Sim| {
+        let mut own = None;
+        while sim.source.migration != Migration::Completed {
+            let mut driver = Driver::resume(sim, LIMITS, true, Arc::default(), own.take());
+            assert_eq!(driver.run(&mut Once), Outcome::Abandoned);
+            own = Some(driver.into_state());
+        }
+        assert_eq!(sim.destination.run, Run::Incoming, "it still loads");
+        sim.inject(Fault::Source);
+        own
+    };
+    let own = died(&mut sim);
+    assert_eq!(Driver::resume(&mut sim, LIMITS, true, Arc::default(), own).run(&mut ()), Outcome::Moved);
+    // The orchestrator with it: another one finds a destination that loads.
+    let mut sim = Sim::new(2);
+    sim.loads_for = 20;
+    died(&mut sim);
+    assert_eq!(drive(&mut sim, &[]).0, Outcome::Moved);
+    assert!(sim.runs_at_destination());
+}
+
+/// What it had not sent never comes, and nobody tells the destination's QEMU.
+#[test]
+fn a_source_whose_host_dies_in_the_switchover_is_given_up() {
+    let (_, moments) = drive(&mut Sim::new(2), &[]);
+    let lost = (0..moments).filter(|at| {
+        let mut sim = Sim::new(2);
+        let (outcome, _) = drive(&mut sim, &[(*at, Fault::SourceHost)]);
+        if matches!(&outcome, Outcome::Stuck(Stuck::SourceLost(_))) {
+            assert!(sim.disks.iter().all(|disk| !disk.given && !disk.active));
+        }
+        let is_lost = matches!(&outcome, Outcome::Stuck(Stuck::SourceLost(_)));
+        settle(&mut sim, outcome);
+        is_lost
+    });
+    assert!(lost.count() > 3);
 }
 
 /// What is slow is not silent.

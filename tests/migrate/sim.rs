@@ -12,7 +12,10 @@ pub enum Fault {
     Orchestrator,
     Export,
     Daemon,
+    /// Its QEMU: the kernel still delivers what that had sent.
     Source,
+    /// The whole host: nothing more arrives from there, and nobody is told.
+    SourceHost,
     Destination,
     Link,
     /// For a moment, in which requests fail.
@@ -22,11 +25,12 @@ pub enum Fault {
 }
 
 impl Fault {
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::Orchestrator,
         Self::Export,
         Self::Daemon,
         Self::Source,
+        Self::SourceHost,
         Self::Destination,
         Self::Link,
         Self::LinkBriefly,
@@ -61,6 +65,9 @@ pub struct Sim {
     pub disks: Vec<Ferried>,
     pub link: bool,
     brief: u32,
+    is_silent: bool,
+    /// How many looks the destination takes to load what it was sent.
+    pub loads_for: u32,
     lose_answer: bool,
     /// Planted: giving back is said to be done, and is not.
     pub lies: bool,
@@ -90,6 +97,8 @@ impl Sim {
             disks: vec![disk; disks],
             link: true,
             brief: 0,
+            is_silent: false,
+            loads_for: 1,
             lose_answer: false,
             lies: false,
             stalls_at: None,
@@ -109,6 +118,11 @@ impl Sim {
             Fault::Export => self.disks[0].export_runs = false,
             Fault::Daemon => self.disks[0].daemon_runs = false,
             Fault::Source => self.kill_source(),
+            Fault::SourceHost => {
+                self.kill_source();
+                self.is_silent = true;
+                self.disks.iter_mut().for_each(|disk| disk.export_runs = false);
+            }
             Fault::Destination => self.destination.lives = false,
             Fault::Link => self.link = false,
             Fault::LinkBriefly => (self.link, self.brief) = (false, 3),
@@ -182,16 +196,19 @@ impl Sim {
                     self.holds = false;
                     self.waits = 0;
                 }
-                Migration::Completed if self.destination.run == Run::Incoming && self.waits > 1 => {
-                    (self.destination.run, self.destination.migration) = (Run::Paused, Migration::Completed);
-                }
                 _ => {}
             }
         }
-        // A destination whose source ends in the middle ends too.
-        let is_orphan = !self.source.lives || matches!(self.source.migration, Migration::Failed(_));
-        if is_orphan && self.destination.run == Run::Incoming && self.destination.migration == Migration::Moving {
-            self.destination.lives = false;
+        // A destination whose source ends in the middle ends too, if it hears of it; one that was sent everything loads it.
+        let is_loading = self.destination.run == Run::Incoming && self.destination.migration == Migration::Moving;
+        match self.source.migration {
+            _ if !is_loading || self.is_silent => {}
+            Migration::Completed if self.waits > self.loads_for => {
+                (self.destination.run, self.destination.migration) = (Run::Paused, Migration::Completed);
+            }
+            Migration::Completed => {}
+            Migration::Failed(_) => self.destination.lives = false,
+            _ => self.destination.lives &= self.source.lives,
         }
         self.waits += 1;
         self.passed += Duration::from_millis(100);
