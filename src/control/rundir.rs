@@ -113,11 +113,12 @@ pub struct Claim {
 impl RunDir {
     /// Finds the directory, and makes it if need be.
     pub fn open() -> Result<Self, RunDirError> {
-        let path = Self::locate();
-        match fs::DirBuilder::new().recursive(true).mode(0o700).create(&path) {
-            Ok(()) => Ok(Self { path }),
-            Err(source) => Err(RunDirError { path, source }),
-        }
+        // One that was named is as its owner wants it.
+        let made = match std::env::var_os("BLKFERRY_RUN_DIR") {
+            Some(path) => make_dir(path.into()),
+            None => make_dir(Self::default_path()).and_then(check_own),
+        };
+        made.map(|path| Self { path })
     }
 
     /// A directory that is there.
@@ -125,10 +126,7 @@ impl RunDir {
         Self { path }
     }
 
-    fn locate() -> PathBuf {
-        if let Some(path) = std::env::var_os("BLKFERRY_RUN_DIR") {
-            return path.into();
-        }
+    fn default_path() -> PathBuf {
         match std::env::var_os("XDG_RUNTIME_DIR") {
             Some(base) if !geteuid().is_root() => Path::new(&base).join("blkferry"),
             _ if geteuid().is_root() => "/run/blkferry".into(),
@@ -141,10 +139,11 @@ impl RunDir {
         &self.path
     }
 
-    /// A directory on tmpfs for live maps: inside this one if it is on tmpfs, else in /dev/shm.
-    pub fn live_dir(&self) -> PathBuf {
+    /// A directory on tmpfs for live maps: inside this one if it is on tmpfs, else in /dev/shm. It is made if need be.
+    pub fn live_dir(&self) -> Result<PathBuf, RunDirError> {
         let on_tmpfs = statfs(&self.path).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC);
-        if on_tmpfs { self.path.join("live") } else { format!("/dev/shm/blkferry-{}", geteuid()).into() }
+        let path = if on_tmpfs { self.path.join("live") } else { format!("/dev/shm/blkferry-{}", geteuid()).into() };
+        make_dir(path).and_then(check_own)
     }
 
     /// Path of the control socket of a device.
@@ -260,6 +259,30 @@ impl Claim {
     }
 }
 
+fn make_dir(path: PathBuf) -> Result<PathBuf, RunDirError> {
+    match fs::DirBuilder::new().recursive(true).mode(0o700).create(&path) {
+        Ok(()) => Ok(path),
+        Err(source) => Err(RunDirError { path, source }),
+    }
+}
+
+/// Where everybody may write, somebody else may have been there first: what lies in such a directory is not believed.
+fn check_own(path: PathBuf) -> Result<PathBuf, RunDirError> {
+    let found = fs::symlink_metadata(&path).and_then(|found| {
+        let whose = || io::Error::other(format!("belongs to user {}, and not to user {}", found.uid(), geteuid()));
+        match found.mode() & 0o022 {
+            _ if !found.is_dir() => Err(io::Error::other("is no directory, and somebody else may have put it there")),
+            _ if found.uid() != geteuid().as_raw() => Err(whose()),
+            0 => Ok(()),
+            _ => Err(io::Error::other("may be written to by others; `chmod 700` it if what is in it is yours")),
+        }
+    });
+    match found {
+        Ok(()) => Ok(path),
+        Err(source) => Err(RunDirError { path, source }),
+    }
+}
+
 /// Is it still what lies there?
 fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     let ours = file.metadata()?;
@@ -277,6 +300,8 @@ fn check_name(name: &str) -> Result<(), NameError> {
 
 #[cfg(test)]
 mod tests {
+    use std::os::unix::fs::PermissionsExt;
+
     use super::*;
 
     #[test]
@@ -296,6 +321,25 @@ mod tests {
             assert!(second.path.exists(), "who has the name can be found");
             assert!(is_at(&second.file, &second.path).unwrap());
             second.release();
+        }
+    }
+
+    #[test]
+    fn a_directory_that_may_be_of_somebody_else_is_not_believed() {
+        let dir = tempfile::tempdir().unwrap();
+        let [own, open, link] = ["own", "open", "link"].map(|name| dir.path().join(name));
+        let check = |path: &Path| make_dir(path.into()).and_then(check_own).map_err(|e| e.to_string());
+        assert_eq!(check(&own), Ok(own.clone()));
+        assert_eq!(fs::metadata(&own).unwrap().mode() & 0o777, 0o700);
+        fs::create_dir(&open).unwrap();
+        fs::set_permissions(&open, fs::Permissions::from_mode(0o770)).unwrap();
+        assert!(check(&open).unwrap_err().contains("may be written to by others"));
+        std::os::unix::fs::symlink(&own, &link).unwrap();
+        assert!(check(&link).unwrap_err().contains("is no directory"));
+        // As root, whose directories are everywhere, one of another user can be had.
+        if geteuid().is_root() {
+            std::os::unix::fs::chown(&own, Some(12345), None).unwrap();
+            assert!(check(&own).unwrap_err().contains("belongs to user 12345, and not to user 0"));
         }
     }
 

@@ -233,7 +233,7 @@ fn start_on(
         &CacheOptions {
             data: places.data.clone(),
             metadata: places.metadata.clone(),
-            live_dir: run_dir.live_dir(),
+            live_dir: run_dir.live_dir()?,
             block_bytes,
             forget_unflushed: options.forget_unflushed,
             overwrite: options.overwrite,
@@ -323,7 +323,7 @@ fn becomes_image(
     if !source.complete {
         return Err(HomeError::Needed(places.data.clone()).into());
     }
-    let whole = Whole::of(&places.data, &places.metadata, &run_dir.live_dir())?;
+    let whole = Whole::of(&places.data, &places.metadata, &run_dir.live_dir()?)?;
     let whole = whole.ok_or_else(|| HomeError::Partial(places.data.clone()))?;
     become_image(&places.data, deed)?;
     whole.forget().map_err(|e| DaemonError::Io("the metadata of a cache that is an image again", e))?;

@@ -239,7 +239,7 @@ fn a_power_cut_on_the_doorstep_loses_nothing() {
     now[8192..].copy_from_slice(&metadata_in_standby[8192..]);
     std::fs::write(&metadata, now).unwrap();
     std::fs::write(&record, kept).unwrap();
-    let live = RunDir::at(rig.world.run_dir()).live_dir().join(format!("{disk}.live"));
+    let live = RunDir::at(rig.world.run_dir()).live_dir().unwrap().join(format!("{disk}.live"));
     std::fs::remove_file(live).unwrap();
     drop(export);
     let a = rig.attach(&uri, "a", &["--forget-unflushed"]);
