@@ -26,6 +26,10 @@ const MAX_SENT_NOW_BYTES: usize = 32 << 10;
 /// Parts handed to one sendmsg(2); the kernel's own limit (IOV_MAX) is 1024.
 const MAX_PARTS_PER_SEND: usize = 256;
 
+/// Room for what is sent over a unix socket. The kernel's own is one answer of 128 KiB and a half, and the sender waits and
+/// is woken for each.
+const UNIX_SEND_BYTES: usize = 1 << 20;
+
 /// An idle peer is asked for a sign of life after this long, in seconds.
 const KEEPALIVE_S: u32 = 5;
 /// A peer that acknowledges nothing for this long, in milliseconds, is dead; the kernel's own limit is a quarter of an hour.
@@ -118,6 +122,14 @@ impl Connection {
         Self { fd: Arc::new(fd) }
     }
 
+    /// Over a unix socket. More than the system's limit takes a privilege; without it, that limit will do.
+    fn new_unix(fd: OwnedFd) -> Self {
+        if setsockopt(&fd, sockopt::SndBufForce, &UNIX_SEND_BYTES).is_err() {
+            let _ = setsockopt(&fd, sockopt::SndBuf, &UNIX_SEND_BYTES);
+        }
+        Self::new(fd)
+    }
+
     /// Connects over TCP. Resolving and connecting run on a thread of their own: nothing blocks a ring.
     pub async fn connect_tcp(host: String, port: u16, timeout: Duration) -> io::Result<Self> {
         let connect = move || {
@@ -135,7 +147,7 @@ impl Connection {
 
     /// Connects to a unix socket.
     pub async fn connect_unix(path: PathBuf) -> io::Result<Self> {
-        elsewhere(move || UnixStream::connect(path).map(OwnedFd::from)).await.map(Self::new)
+        elsewhere(move || UnixStream::connect(path).map(OwnedFd::from)).await.map(Self::new_unix)
     }
 
     /// Receives at most `at.len()` bytes into `buf[at]`; 0 means that the peer has closed.
@@ -339,7 +351,8 @@ impl Listener {
                 Ok(fd) => {
                     // SAFETY: accept gave this descriptor to us and to nobody else.
                     let fd = unsafe { <OwnedFd as std::os::fd::FromRawFd>::from_raw_fd(fd as i32) };
-                    return Ok(Connection::new(fd));
+                    let is_unix = self.socket_file.is_some();
+                    return Ok(if is_unix { Connection::new_unix(fd) } else { Connection::new(fd) });
                 }
                 Err(e) if matches!(e.raw_os_error(), Some(libc::EINTR | libc::ECONNABORTED | libc::EAGAIN)) => {}
                 Err(e) => return Err(e),
@@ -400,6 +413,8 @@ impl Drop for Listener {
 
 #[cfg(test)]
 mod tests {
+    use nix::sys::socket::getsockopt;
+
     use super::super::{Reactor, spawn};
     use super::*;
 
@@ -441,6 +456,10 @@ mod tests {
                 assert!(got[4..200_004].iter().all(|&b| b == 0));
                 assert_eq!(&got[200_004..], &big[10..2_999_999]);
                 client.await;
+                // As the kernel counts, with what it needs for itself.
+                let limit = fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap().trim().parse().unwrap();
+                let room = getsockopt(&connection.fd, sockopt::SndBuf).unwrap();
+                assert!(room >= 2 * UNIX_SEND_BYTES.min(limit), "{room}");
                 let (end, _) = connection.recv(vec![0; 1], 0..1).await;
                 assert_eq!(end.unwrap(), 0);
             })
