@@ -17,6 +17,7 @@ mod live;
 mod metadata;
 mod open;
 mod page;
+mod reclaim;
 mod recover;
 mod superblock;
 mod whole;
@@ -32,6 +33,7 @@ pub use open::{
     Cache, CacheOptions, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Store, default_metadata_path, discard, peek,
 };
 pub use page::{CopyState, PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
+pub use reclaim::{ReclaimError, reclaim};
 pub use recover::{MetadataError, ReadAt, Recovered, Recovery};
 pub use superblock::{CacheState, FORMAT_VERSION, Gift, Superblock};
 pub use whole::Whole;

@@ -7,9 +7,40 @@ use super::data::DataFile;
 use super::live::LiveMap;
 use super::metadata::MetadataFile;
 use super::open::OpenError;
+use super::recover::Recovered;
 use super::superblock::CacheState;
 use crate::beside::sync_dir_of;
 use crate::engine::{Geometry, PageImage};
+
+/// A cache that no daemon has, and none can have while this is held.
+pub(super) struct Held {
+    data: DataFile,
+    pub(super) metadata: MetadataFile,
+    pub(super) recovered: Recovered,
+    blocks: u64,
+    present: u64,
+}
+
+impl Held {
+    pub(super) fn open(data: &Path, metadata: &Path) -> Result<Self, OpenError> {
+        let superblock = MetadataFile::peek(metadata)?;
+        let data = DataFile::open(data, metadata, superblock.size_bytes, false)?;
+        // Read again, now under the lock.
+        let mut present = 0;
+        let count = &mut |page: PageImage| {
+            present += page.present.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
+        };
+        let (metadata, recovered) = MetadataFile::open_into(metadata, count)?;
+        let superblock = &recovered.superblock;
+        let blocks = Geometry::new(superblock.size_bytes, superblock.block_bytes)?.blocks();
+        Ok(Self { data, metadata, recovered, blocks, present })
+    }
+
+    /// Are all blocks durably present?
+    pub(super) fn is_whole(&self) -> bool {
+        self.present == self.blocks
+    }
+}
 
 /// See the module's page. No daemon has it while this is held.
 pub struct Whole {
@@ -21,19 +52,11 @@ pub struct Whole {
 impl Whole {
     /// The cache, if all of its blocks are durably present and it was given away; `None`: they are not, or it was not.
     pub fn of(data: &Path, metadata: &Path, live_dir: &Path) -> Result<Option<Self>, OpenError> {
-        let superblock = MetadataFile::peek(metadata)?;
-        let held = DataFile::open(data, metadata, superblock.size_bytes, false)?;
-        // Read again, now under the lock.
-        let mut present = 0u64;
-        let count = &mut |page: PageImage| {
-            present += page.present.iter().map(|word| u64::from(word.count_ones())).sum::<u64>();
-        };
-        let (_, recovered) = MetadataFile::open_into(metadata, count)?;
-        let superblock = recovered.superblock;
-        let blocks = Geometry::new(superblock.size_bytes, superblock.block_bytes)?.blocks();
+        let held = Held::open(data, metadata)?;
+        let superblock = &held.recovered.superblock;
         let live = live_dir.join(format!("{}.live", superblock.uuid));
-        let is_whole = superblock.state == CacheState::Away && present == blocks;
-        Ok(is_whole.then(|| Self { _data: held, metadata: metadata.into(), live }))
+        let is_given = superblock.state == CacheState::Away && held.is_whole();
+        Ok(is_given.then(|| Self { _data: held.data, metadata: metadata.into(), live }))
     }
 
     /// Removes what makes it a cache; what it was is on record elsewhere.

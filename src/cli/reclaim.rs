@@ -3,28 +3,40 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::daemon::refuse_cache;
+use crate::daemon::{reclaim_cache, refuse_cache};
 use crate::export::{Reclaimed, reclaim};
 
-/// Take an image back that was given to another host
+/// Take a disk back that was given to another host
 ///
 /// An image that was given away is read-only and refuses to be served as one's own. Without --force this only clears up
 /// after a handoff that was called off. With --force the image is made writable again as it was when it was given away:
 /// what the other host has written since is not here, and its device is refused when it comes back for blocks. Be sure
 /// that nobody uses it any more: two machines on one disk are two disks.
+///
+/// The same for the cache of a device that gave its disk away (detach the device before; --force only): attached again, it
+/// is the disk as it was.
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// The image: a raw file or a block device
+    /// The image, or the cache: a raw file or a block device
     image: PathBuf,
+    /// Where a cache's metadata is [default: CACHE.ferry; under /var/lib/blkferry for a block device]
+    #[arg(long, value_name = "PATH")]
+    metadata: Option<PathBuf>,
     /// Also if another host has the disk, whose writes are lost then
     #[arg(long)]
     force: bool,
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    // Whose disk a cache is, its device knows.
-    refuse_cache(&args.image)?;
     let image = args.image.display();
+    if let Some(to) = reclaim_cache(&args.image, args.metadata.as_deref(), args.force)? {
+        outln!(
+            "{image} was taken back from {to}: attach it again, and it is the disk as it was when it was given away"
+        );
+        return Ok(ExitCode::SUCCESS);
+    }
+    // Of any other cache its device knows what to do.
+    refuse_cache(&args.image)?;
     match reclaim(&args.image, args.force)? {
         Reclaimed::WasHere => outln!("{image} is here, and may be used"),
         Reclaimed::From(to) => outln!("{image} was taken back from {to}: it is as it was when it was given away"),

@@ -19,10 +19,10 @@ mod ublk;
 mod ublksrv;
 
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::cache::{CacheState, default_metadata_path, peek};
+use crate::cache::{CacheState, ReclaimError, default_metadata_path, peek, reclaim};
 use crate::control::{RunDir, Status};
 use crate::device::Mode;
 use crate::export::Record;
@@ -175,19 +175,30 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 }
 
 /// Was it somebody's image before it was to be a cache?
-fn is_image(cache: &std::path::Path) -> bool {
+fn is_image(cache: &Path) -> bool {
     Record::path_of(cache).exists()
 }
 
 /// Is it somebody's image, whose disk is elsewhere?
-fn is_given_away(cache: &std::path::Path) -> bool {
+fn is_given_away(cache: &Path) -> bool {
     // A record that cannot be read is told of when it matters.
     Record::read(&Record::path_of(cache)).is_ok_and(|record| record.is_some_and(|record| !record.deed.is_here()))
 }
 
+/// Takes the disk of a cache back from whoever has it; see [`reclaim`]. `None`: it is no cache that was given away.
+pub fn reclaim_cache(cache: &Path, metadata: Option<&Path>, force: bool) -> Result<Option<uuid::Uuid>, ReclaimError> {
+    let metadata = metadata.map_or_else(|| default_metadata_path(cache), Path::to_owned);
+    match peek(&metadata).map_err(crate::cache::OpenError::from)? {
+        Some(superblock) if superblock.state == CacheState::Away && !is_image(cache) => {
+            reclaim(cache, &metadata, force)
+        }
+        _ => Ok(None),
+    }
+}
+
 /// A file that a device was made of and never completed holds zeros where its blocks should be, and one that was given
 /// away is somebody else's: neither is an image that can be served. One that has a record of who has it says so itself.
-pub fn refuse_cache(image: &std::path::Path) -> Result<(), DaemonError> {
+pub fn refuse_cache(image: &Path) -> Result<(), DaemonError> {
     match peek(&default_metadata_path(image))? {
         Some(superblock) if superblock.state != CacheState::Complete && !is_image(image) => {
             Err(DaemonError::NoImage(image.into()))

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::client::Client;
-use crate::rig::{Rig, activate, contents, control, data_bytes, offer, wait_released};
+use crate::rig::{Rig, activate, contents, control, data_bytes, offer, wait_released, write_blocks};
 
 const SIZE: u64 = 16 << 20;
 
@@ -41,8 +41,8 @@ fn three_hosts_in_a_row() {
         assert!(data <= SIZE + in_standby, "{}: {data} bytes", device.name);
     }
     assert_eq!(wait_released(&b)["state"], "away");
-    let refused = rig.world.refused(["reclaim", rig.cache.to_str().unwrap()]);
-    assert!(refused.contains("was given away"), "{refused}");
+    let refused = rig.world.refused(["reclaim", "--force", rig.cache.to_str().unwrap()]);
+    assert!(refused.contains("in use by another process"), "{refused}");
     wanted[1 << 20..(1 << 20) + 8192].fill(1);
     wanted[..4096].fill(2);
     wanted[3 << 20..(3 << 20) + 4096].fill(4);
@@ -81,6 +81,43 @@ fn a_device_that_gave_its_disk_away_stays_so() {
     let mut wanted = contents(SIZE);
     wanted[..4096].fill(7);
     assert!(std::fs::read(rig.world.path("c.raw")).unwrap() == wanted);
+}
+
+#[test]
+fn a_taker_that_is_gone_for_good_does_not_take_the_disk_with_it() {
+    for (hydrate, state) in [("off", "active"), ("auto", "complete")] {
+        let rig = Rig::new(SIZE);
+        let export = rig.world.export(&rig.image);
+        let b = rig.attach(&export.uri, "b", &["--hydrate", hydrate]);
+        let mut wanted = contents(SIZE);
+        let mut at_b = Client::connect(&b.uri);
+        write_blocks(&mut at_b, &mut wanted, 3..5, 9);
+        if state == "complete" {
+            b.wait_complete();
+        }
+        let c = rig.attach(&offer(&b), "c", &["--hydrate", "off"]);
+        Client::connect(&c.uri).write(0, &[7; 4096]);
+        crate::common::kill(c.pid, nix::sys::signal::Signal::SIGKILL);
+        drop(at_b);
+        rig.world.ok(["detach", "b", "--incomplete"]);
+
+        let cache = rig.cache.to_str().unwrap();
+        let refused = rig.world.refused(["reclaim", cache]);
+        assert!(refused.contains("was given to") && refused.contains("in epoch 2"), "{refused}");
+        let said = rig.world.ok(["reclaim", "--force", cache]);
+        assert!(said.contains("was taken back from"), "{said}");
+        // What was given is there, what was written by the taker is not, and the taker is told so if it comes back.
+        let b = rig.attach(&export.uri, "b", &["--hydrate", "off"]);
+        assert_eq!((&b.status()["state"], &b.status()["handoff"]["epoch"]), (&json!(state), &json!(3)));
+        let refused = rig.refused(&offer(&b), "c", &[]);
+        assert!(refused.contains("taken back there since"), "{refused}");
+        write_blocks(&mut Client::connect(&b.uri), &mut wanted, 0..1, 5);
+        b.set("hydrate=auto");
+        b.wait_complete();
+        b.detach();
+        assert!(std::fs::read(&rig.cache).unwrap() == wanted);
+        assert!(rig.world.ok(["reclaim", cache]).contains("is here"));
+    }
 }
 
 #[test]
