@@ -14,7 +14,7 @@ use super::handler::{DaemonHandler, DeviceFacts, Meters, Sides};
 use super::hands::{Hands, Landing, phase_of, right_of};
 use super::{Daemon, DaemonError, DaemonOptions, Standby, UblkOptions, Wish, is_given_away, ublk};
 use crate::cache::{
-    Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, OpenError, SourceFacts, Superblock, Whole,
+    Cache, CacheOptions, CacheState, DEFAULT_BLOCK_BYTES, Gift, OpenError, SourceFacts, Superblock, Whole,
     default_metadata_path, peek,
 };
 use crate::control::{Claim, ControlServer, Entry, RunDir};
@@ -220,6 +220,13 @@ fn start_on(
     {
         known = None;
     }
+    // Its contents are not those any more, either, but this says why.
+    if let (Some(cache), Some(standing)) = (&known, standing)
+        && right_of(cache) == Right::Active
+        && let Some(gift) = cache.gift.filter(|gift| gift.disk == standing.disk)
+    {
+        check_gift(cache, gift, Some(standing))?;
+    }
     let facts = facts_of(options, known.as_ref(), hello.as_ref());
     let block_bytes = block_bytes(options, known.as_ref(), hello.as_ref())?;
     let logical = logical_of(options, &door, hello.as_ref(), facts.size_bytes)?;
@@ -347,6 +354,17 @@ fn home_of(
     }
 }
 
+/// What was given is still given.
+fn check_gift(superblock: &Superblock, gift: Gift, standing: Option<&Standing>) -> Result<(), DaemonError> {
+    match standing {
+        Some(standing) if standing.given_to == Some(superblock.uuid) && standing.epoch == gift.epoch => Ok(()),
+        _ => {
+            let now = standing.map_or("unknown".into(), |standing| standing.epoch.to_string());
+            Err(DaemonError::TakenBack { then: gift.epoch, now })
+        }
+    }
+}
+
 /// What the source has to be, now and whenever it comes back.
 fn expect(source: &SourceSide, superblock: &Superblock, hello: Option<&SourceHello>) -> Result<(), DaemonError> {
     let Some(hello) = hello else { return Ok(()) };
@@ -355,13 +373,8 @@ fn expect(source: &SourceSide, superblock: &Superblock, hello: Option<&SourceHel
         (Right::Standby | Right::Declined, None) => Expect::Size,
         (Right::Active, None) => return Ok(()),
         (Right::Active, Some(gift)) => {
-            let (to, epoch) = (superblock.uuid, gift.epoch);
-            let ours = |standing: &&Standing| standing.given_to == Some(to) && standing.epoch == epoch;
-            if hello.standing.as_ref().filter(ours).is_none() {
-                let now = hello.standing.as_ref().map_or("unknown".into(), |standing| standing.epoch.to_string());
-                return Err(DaemonError::TakenBack { then: epoch, now });
-            }
-            Expect::Gift { to, epoch }
+            check_gift(superblock, gift, hello.standing.as_ref())?;
+            Expect::Gift { to: superblock.uuid, epoch: gift.epoch }
         }
     };
     source.expect(expected, hello.identity.clone());

@@ -18,7 +18,7 @@ fn three_hosts_in_a_row() {
     assert_eq!(at_b.read(2 << 20, 4096), wanted[2 << 20..(2 << 20) + 4096]);
 
     // C waits while B goes on writing.
-    let c = rig.attach(&offer(&b), "c", &["--standby"]);
+    let c = rig.attach(&offer(&b), "c", &["--standby", "--hydrate", "off"]);
     let mut at_c = Client::connect(&c.uri);
     at_b.write(0, &[2; 4096]);
     assert_eq!(at_c.read(0, 4096), [2; 4096]);
@@ -30,6 +30,7 @@ fn three_hosts_in_a_row() {
     at_c.write(3 << 20, &[4; 4096]);
     let refused = rig.world.refused(["detach", "b"]);
     assert!(refused.contains("fetches from here"), "{refused}");
+    c.set("hydrate=auto");
     c.wait_complete();
     rig.world.ok(["verify", "c"]);
     let identity = c.status()["source"]["identity"].clone();
