@@ -214,7 +214,13 @@ impl<'a, W: World> Driver<'a, W> {
                 Ok(()) => self.state.own.started = true,
                 Err(why) => return self.give_up(why),
             },
-            Step::WaitMemory => self.world.wait(Duration::from_millis(200)),
+            Step::WaitMemory => {
+                // The source was out of reach for a while, and nobody could tell how far it was.
+                if !self.state.own.continued {
+                    self.state.continued = None;
+                }
+                self.world.wait(Duration::from_millis(200));
+            }
             Step::WaitSwitchover => return self.wait_switchover(view),
             Step::WaitDisks(why) => {
                 if let ControlFlow::Break(_) = self.insist(Stuck::NotActive(why.clone())) {

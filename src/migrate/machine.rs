@@ -49,7 +49,8 @@ pub(super) struct Side {
     address: Address,
     qmp: Result<Qmp, String>,
     dialling: Option<Receiver<Result<Qmp, QmpError>>>,
-    has_ended: bool,
+    /// It is not tried again.
+    given_up: bool,
     machine: Machine,
     looked: Option<Instant>,
     pub(super) memory: Memory,
@@ -63,12 +64,12 @@ impl Side {
     pub(super) fn connect(role: &'static str, address: &Address) -> Result<Self, QmpError> {
         let qmp = Qmp::connect(address, role)?;
         let mut side = Self::lost(role, address, String::new());
-        side.qmp = Ok(qmp);
+        (side.qmp, side.given_up) = (Ok(qmp), false);
         side.see();
         Ok(side)
     }
 
-    /// One that is out of reach.
+    /// One that is out of reach from the start, and stays so: it was not looked at, and must not be used unseen.
     pub(super) fn lost(role: &'static str, address: &Address, why: String) -> Self {
         let machine = Machine { run: Run::Other("unknown".into()), migration: Migration::None };
         Self {
@@ -76,7 +77,7 @@ impl Side {
             address: address.clone(),
             qmp: Err(why),
             dialling: None,
-            has_ended: false,
+            given_up: true,
             machine,
             looked: None,
             memory: Memory::default(),
@@ -127,6 +128,9 @@ impl Side {
 
     /// Asks, on another connection if this one turns out to be broken.
     fn see(&mut self) {
+        if self.qmp.is_err() {
+            return;
+        }
         if let Err(why) = self.refresh() {
             self.reconnect(why);
             if let Err(why) = self.refresh() {
@@ -174,7 +178,7 @@ impl Side {
         self.qmp = Err(why);
         self.looked = None;
         let until = Instant::now() + RECONNECT;
-        while self.qmp.is_err() && !self.has_ended && Instant::now() < until {
+        while self.qmp.is_err() && !self.given_up && Instant::now() < until {
             self.dial(Some(until));
         }
     }
@@ -182,7 +186,7 @@ impl Side {
     /// Sees what has become of the attempt to get through again, or begins one. Who waits is told when there is nothing
     /// more to wait for.
     fn dial(&mut self, until: Option<Instant>) {
-        if self.has_ended {
+        if self.given_up {
             return;
         }
         let dialling = self.dialling.take().unwrap_or_else(|| dialled(self.address.clone(), self.role));
@@ -193,7 +197,7 @@ impl Side {
         match result {
             Some(Ok(qmp)) => self.qmp = Ok(qmp),
             Some(Err(error)) if is_nobody(&self.address, &error) => {
-                self.has_ended = true;
+                self.given_up = true;
                 self.qmp = Err(format!("{} ({}) has ended", self.role, self.address));
             }
             Some(Err(_)) => {}
@@ -281,26 +285,30 @@ fn memory(migrate: &Value) -> Option<Memory> {
 #[cfg(test)]
 mod tests {
     use std::io::{BufRead, BufReader, Write};
-    use std::net::TcpListener;
+    use std::net::{TcpListener, TcpStream};
 
     use super::*;
 
     /// A QEMU that serves one connection at a time, as real ones do. The first that is asked gets no sense.
     fn one_at_a_time(listener: TcpListener) {
         for (turn, stream) in listener.incoming().enumerate() {
-            let mut stream = stream.unwrap();
-            let greeting = json!({ "QMP": { "version": { "qemu": { "major": 9, "minor": 0 } }, "capabilities": [] } });
-            writeln!(stream, "{greeting}").unwrap();
-            for line in BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok) {
-                let asked: Value = serde_json::from_str(&line).unwrap();
-                let answer = match asked["execute"].as_str().unwrap() {
-                    "query-status" if turn == 0 => "nonsense".to_owned(),
-                    "query-status" => json!({ "return": { "status": "running" }, "id": asked["id"] }).to_string(),
-                    _ => json!({ "return": {}, "id": asked["id"] }).to_string(),
-                };
-                if writeln!(stream, "{answer}").is_err() {
-                    break;
-                }
+            answer(&stream.unwrap(), usize::MAX, turn == 0);
+        }
+    }
+
+    /// Greets, and answers at most so many commands.
+    fn answer(mut stream: &TcpStream, commands: usize, is_mad: bool) {
+        let greeting = json!({ "QMP": { "version": { "qemu": { "major": 9, "minor": 0 } }, "capabilities": [] } });
+        writeln!(stream, "{greeting}").unwrap();
+        for line in BufReader::new(stream.try_clone().unwrap()).lines().map_while(Result::ok).take(commands) {
+            let asked: Value = serde_json::from_str(&line).unwrap();
+            let answer = match asked["execute"].as_str().unwrap() {
+                "query-status" if is_mad => "nonsense".to_owned(),
+                "query-status" => json!({ "return": { "status": "running" }, "id": asked["id"] }).to_string(),
+                _ => json!({ "return": {}, "id": asked["id"] }).to_string(),
+            };
+            if writeln!(stream, "{answer}").is_err() {
+                break;
             }
         }
     }
@@ -321,9 +329,15 @@ mod tests {
     #[test]
     fn a_side_that_comes_back_is_found_again() {
         let (address, listener) = serve();
-        drop(listener);
-        let mut side = Side::lost("it", &address, "no way there".into());
-        assert_eq!(side.look(), Err("no way there".into()));
+        let server = std::thread::spawn(move || answer(&listener.accept().unwrap().0, 3, false));
+        let mut side = Side::connect("it", &address).unwrap();
+        server.join().unwrap();
+        let lost = side.look().unwrap_err();
+        assert!(lost.contains("hung up"), "{lost}");
+        // Who looks again does not wait again.
+        let began = Instant::now();
+        assert_eq!((side.look(), side.look()), (Err(lost.clone()), Err(lost)));
+        assert!(began.elapsed() < RECONNECT);
         let Address::Tcp(place) = &address else { unreachable!() };
         let listener = TcpListener::bind(place).unwrap();
         std::thread::spawn(|| one_at_a_time(listener));

@@ -138,6 +138,9 @@ pub enum Stuck {
     ActiveTooEarly,
 }
 
+/// It knows nothing of the migration that it had begun.
+const STARTED_ANEW: &str = "the source's QEMU was started anew: end it, and do not start the machine there";
+
 impl View {
     /// Has the destination all of the guest but its disks?
     pub fn is_loaded(&self) -> bool {
@@ -204,15 +207,20 @@ pub fn next(view: &View, own: &Own) -> Step {
 
 /// Nothing is active, and the destination does not have the guest yet.
 fn before(view: &View, own: &Own) -> Step {
-    let source = match &view.source {
-        Ok(source) => source,
-        // What it sent last may still be on the way into a destination that takes its time. If that is not all of it, the
-        // destination's QEMU ends by itself.
-        Err(_) if view.is_loading() && own.gave_up.is_none() && (own.continued || !own.started) => {
-            return Step::WaitSwitchover;
-        }
-        Err(why) => return Step::Stuck(Stuck::SourceLost(why.clone())),
+    let lost = match &view.source {
+        Ok(source) if source.migration == Migration::None && own.continued => STARTED_ANEW,
+        Ok(source) => return before_with(source, view, own),
+        Err(why) => why,
     };
+    // What it sent last may still be on the way into a destination that takes its time. If that is not all of it, the
+    // destination's QEMU ends by itself.
+    if view.is_loading() && (own.continued || !own.started) {
+        return Step::WaitSwitchover;
+    }
+    Step::Stuck(Stuck::SourceLost(lost.into()))
+}
+
+fn before_with(source: &Machine, view: &View, own: &Own) -> Step {
     let obstacle = own.gave_up.as_ref().or_else(|| view.obstacle());
     match (&source.migration, obstacle) {
         (Migration::Cancelling, _) | (Migration::Switching, None) => Step::WaitSwitchover,
@@ -253,6 +261,7 @@ fn take_over(view: &View, own: &Own) -> Step {
                 (None, None, _) => Step::Take,
             }
         }
+        Ok(Machine { migration: Migration::None, .. }) => Step::Stuck(Stuck::NobodyGives(STARTED_ANEW.into())),
         Ok(_) => Step::WaitSwitchover,
     }
 }

@@ -10,7 +10,7 @@ use std::time::Duration;
 use blkferry::migrate::plan::{Machine, Migration, Run, Step, Stuck, View};
 use blkferry::migrate::{Driver, Limits, Memory, Outcome, Watcher};
 
-use crate::sim::{Fault, Sim};
+use crate::sim::{Fault, Qemu, Sim};
 
 const LIMITS: Limits = Limits {
     memory: Some(Duration::from_secs(60)),
@@ -262,6 +262,22 @@ fn a_source_that_dies_after_it_has_sent_everything_is_not_needed() {
     };
     let own = died(&mut sim);
     assert_eq!(Driver::resume(&mut sim, LIMITS, true, Arc::default(), own).run(&mut ()), Outcome::Moved);
+    // Somebody interrupts it: the memory is at the destination, and is not told to be thrown away.
+    let mut sim = Sim::new(2);
+    sim.loads_for = 20;
+    let own = died(&mut sim);
+    let outcome = Driver::resume(&mut sim, LIMITS, true, Arc::new(AtomicBool::new(true)), own).run(&mut ());
+    assert!(matches!(&outcome, Outcome::Stuck(Stuck::NobodyGives(_))), "{outcome:?}");
+    assert_eq!(settle(&mut sim, outcome), "at the destination");
+    // Somebody starts the source's QEMU anew, without its guest.
+    let mut sim = Sim::new(2);
+    sim.loads_for = 20;
+    let own = died(&mut sim);
+    sim.source = Qemu { lives: true, run: Run::Paused, migration: Migration::None };
+    sim.loads_without_source();
+    let outcome = Driver::resume(&mut sim, LIMITS, true, Arc::default(), own).run(&mut ());
+    assert!(matches!(&outcome, Outcome::Stuck(Stuck::NobodyGives(why)) if why.contains("anew")), "{outcome:?}");
+    assert!(sim.destination.lives);
     // The orchestrator with it: another one finds a destination that loads.
     let mut sim = Sim::new(2);
     sim.loads_for = 20;

@@ -136,6 +136,11 @@ impl Sim {
         self.holds = false;
     }
 
+    /// The destination has all that was sent.
+    pub fn loads_without_source(&mut self) {
+        (self.destination.run, self.destination.migration) = (Run::Paused, Migration::Completed);
+    }
+
     /// Somebody restarts what is not a QEMU, and mends the link.
     pub fn repair(&mut self) {
         self.link = true;
