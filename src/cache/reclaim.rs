@@ -29,6 +29,9 @@ pub enum ReclaimError {
         /// In which epoch.
         epoch: u64,
     },
+    /// It was named.
+    #[error("there is no metadata at {0}: name the file that `attach` was given with --metadata")]
+    NoMetadata(PathBuf),
     /// It cannot be recorded.
     #[error("metadata {0} cannot be written: {1}")]
     Io(PathBuf, #[source] io::Error),

@@ -22,7 +22,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::cache::{CacheState, ReclaimError, default_metadata_path, peek, reclaim};
+use crate::cache::{CacheState, ReclaimError, Superblock, default_metadata_path, peek, reclaim};
 use crate::control::{RunDir, Status};
 use crate::device::Mode;
 use crate::export::Record;
@@ -187,9 +187,12 @@ fn is_given_away(cache: &Path) -> bool {
 
 /// Takes the disk of a cache back from whoever has it; see [`reclaim`]. `None`: it is no cache that was given away.
 pub fn reclaim_cache(cache: &Path, metadata: Option<&Path>, force: bool) -> Result<Option<uuid::Uuid>, ReclaimError> {
+    if let Some(named) = metadata.filter(|path| !path.exists()) {
+        return Err(ReclaimError::NoMetadata(named.into()));
+    }
     let metadata = metadata.map_or_else(|| default_metadata_path(cache), Path::to_owned);
     match peek(&metadata).map_err(crate::cache::OpenError::from)? {
-        Some(superblock) if superblock.state == CacheState::Away && !is_image(cache) => {
+        Some(superblock) if superblock.state == CacheState::Away && !is_given_away(cache) => {
             reclaim(cache, &metadata, force)
         }
         _ => Ok(None),
@@ -200,9 +203,11 @@ pub fn reclaim_cache(cache: &Path, metadata: Option<&Path>, force: bool) -> Resu
 /// away is somebody else's: neither is an image that can be served. One that has a record of who has it says so itself.
 pub fn refuse_cache(image: &Path) -> Result<(), DaemonError> {
     match peek(&default_metadata_path(image))? {
-        Some(superblock) if superblock.state != CacheState::Complete && !is_image(image) => {
-            Err(DaemonError::NoImage(image.into()))
-        }
-        _ => Ok(()),
+        None => Ok(()),
+        Some(Superblock { state: CacheState::Complete, .. }) => Ok(()),
+        // Nothing came home yet.
+        Some(Superblock { state: CacheState::Standby | CacheState::Declined, .. }) if is_image(image) => Ok(()),
+        Some(_) if is_given_away(image) => Ok(()),
+        Some(_) => Err(DaemonError::NoImage(image.into())),
     }
 }

@@ -121,6 +121,31 @@ fn a_taker_that_is_gone_for_good_does_not_take_the_disk_with_it() {
     }
 }
 
+/// An image that could be handed over was at the cache's place once, and its record still says that it is here.
+#[test]
+fn an_old_record_does_not_make_an_image_of_a_cache() {
+    let rig = Rig::new(SIZE);
+    let export = rig.world.export(&rig.image);
+    let cache = rig.cache.to_str().unwrap();
+    crate::common::make_image(&rig.cache, SIZE, &[]);
+    drop(rig.hand_out_other(&rig.cache));
+    std::fs::remove_file(&rig.cache).unwrap();
+
+    let b = rig.attach(&export.uri, "b", &["--hydrate", "off"]);
+    let c = rig.attach(&offer(&b), "c", &["--hydrate", "off"]);
+    Client::connect(&c.uri).write(0, &[7; 4096]);
+    crate::common::kill(c.pid, nix::sys::signal::Signal::SIGKILL);
+    rig.world.ok(["detach", "b", "--incomplete"]);
+    let refused = rig.world.refused(["export", cache, "--listen", "127.0.0.1:0"]);
+    assert!(refused.contains("is the cache of a device"), "{refused}");
+    let nowhere = rig.world.path("nowhere");
+    let refused = rig.world.refused(["reclaim", "--force", cache, "--metadata", nowhere.to_str().unwrap()]);
+    assert!(refused.contains("no metadata at"), "{refused}");
+    let refused = rig.world.refused(["reclaim", cache]);
+    assert!(refused.contains("was given to"), "{refused}");
+    assert!(rig.world.ok(["reclaim", "--force", cache]).contains("was taken back"));
+}
+
 #[test]
 fn a_write_under_way_is_finished_before_the_disk_goes() {
     let rig = Rig::new(SIZE);
