@@ -140,10 +140,13 @@ impl RunDir {
     }
 
     /// A directory on tmpfs for live maps: inside this one if it is on tmpfs, else in /dev/shm. It is made if need be.
+    /// Inside, it is as safe as this one.
     pub fn live_dir(&self) -> Result<PathBuf, RunDirError> {
         let on_tmpfs = statfs(&self.path).is_ok_and(|fs| fs.filesystem_type() == TMPFS_MAGIC);
-        let path = if on_tmpfs { self.path.join("live") } else { format!("/dev/shm/blkferry-{}", geteuid()).into() };
-        make_dir(path).and_then(check_own)
+        if on_tmpfs {
+            return make_dir(self.path.join("live"));
+        }
+        make_dir(format!("/dev/shm/blkferry-{}", geteuid()).into()).and_then(check_own)
     }
 
     /// Path of the control socket of a device.

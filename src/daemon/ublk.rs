@@ -1,6 +1,8 @@
 //! What a ublk device asks of its daemon besides serving it: to be known again by whoever comes after.
 
+use std::fs::DirBuilder;
 use std::io;
+use std::os::unix::fs::DirBuilderExt;
 use std::path::{Path, PathBuf};
 
 use uuid::Uuid;
@@ -131,7 +133,8 @@ pub fn forget(run_dir: &RunDir, name: &str) -> Result<bool, DaemonError> {
 /// Writes the name down for udev, which makes it a link in /dev/blkferry when the device appears.
 pub(super) fn announce(ublk: &UblkEntry, name: &str) -> io::Result<()> {
     let file = name_file(ublk.id);
-    std::fs::create_dir_all(NAMES)?;
+    // Whatever the umask is: nobody else may write here.
+    DirBuilder::new().recursive(true).mode(0o755).create(NAMES)?;
     std::fs::write(file, name)
 }
 
