@@ -98,7 +98,7 @@ impl Readahead {
                 Leap::Reader(steps) => return steps.map_or(Wanted::Nothing, Wanted::Steps),
                 Leap::Stranger => {}
             }
-            return self.first(geometry, run, around(run, grain), grain);
+            return self.first(run, around(run, grain).clip(geometry.all()), grain);
         };
         let mut stream = self.streams.remove(at).expect("it was just found");
         // The same blocks again are another reader's.
@@ -122,7 +122,7 @@ impl Readahead {
     }
 
     /// Somebody is where nobody was lately. Who was away for longest is forgotten.
-    fn first(&mut self, geometry: Geometry, run: BlockRun, beside: BlockRun, window: u64) -> Wanted {
+    fn first(&mut self, run: BlockRun, beside: BlockRun, window: u64) -> Wanted {
         if self.streams.len() == STREAMS && self.streams.pop_back().is_some_and(|stream| stream.probe.is_some()) {
             self.returns.judge(false);
         }
@@ -131,7 +131,7 @@ impl Readahead {
         let probe = (beside != run && !is_more).then_some(run);
         let end = if is_more { beside.end } else { run.end };
         self.streams.push_front(Stream { start: run.start, end, window, probe });
-        if is_more { Wanted::Run(beside.clip(geometry.all())) } else { Wanted::Nothing }
+        if is_more { Wanted::Run(beside) } else { Wanted::Nothing }
     }
 }
 

@@ -457,9 +457,10 @@ mod tests {
                 assert_eq!(&got[200_004..], &big[10..2_999_999]);
                 client.await;
                 // As the kernel counts, with what it needs for itself.
-                let limit = fs::read_to_string("/proc/sys/net/core/wmem_max").unwrap().trim().parse().unwrap();
+                let limit =
+                    fs::read_to_string("/proc/sys/net/core/wmem_max").ok().and_then(|text| text.trim().parse().ok());
                 let room = getsockopt(&connection.fd, sockopt::SndBuf).unwrap();
-                assert!(room >= 2 * UNIX_SEND_BYTES.min(limit), "{room}");
+                assert!(room >= 2 * UNIX_SEND_BYTES.min(limit.unwrap_or(100_000)), "{room}");
                 let (end, _) = connection.recv(vec![0; 1], 0..1).await;
                 assert_eq!(end.unwrap(), 0);
             })
