@@ -209,7 +209,7 @@ impl Sim {
         match self.source.migration {
             _ if !is_loading || self.is_silent => {}
             Migration::Completed if self.waits > self.loads_for => {
-                (self.destination.run, self.destination.migration) = (Run::Paused, Migration::Completed);
+                self.loads_without_source();
             }
             Migration::Completed => {}
             Migration::Failed(_) => self.destination.lives = false,
