@@ -8,7 +8,7 @@
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io;
 use std::ops::Range;
-use std::os::unix::fs::{DirBuilderExt, OpenOptionsExt};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::{Duration, Instant};
@@ -76,9 +76,6 @@ impl LiveMap {
     }
 
     fn open_at(path: &Path, uuid: Uuid, geometry: Geometry, trust: bool) -> io::Result<Option<Self>> {
-        if let Some(dir) = path.parent() {
-            fs::DirBuilder::new().recursive(true).mode(0o700).create(dir)?;
-        }
         let len_words = HEADER_WORDS + Maps::words_needed(geometry);
         let header = header(boot_id()?, uuid, geometry);
         if let Ok(file) = OpenOptions::new().read(true).write(true).open(path) {

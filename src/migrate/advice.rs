@@ -1,7 +1,7 @@
 //! What to do by hand where nothing more can be done from here: always the exact commands.
 
+use super::places::Places;
 use super::plan::Stuck;
-use super::real::Places;
 
 impl Stuck {
     /// One line: what is, and what to do.

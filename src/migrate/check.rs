@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
+use super::places::Places;
 use super::plan::{Machine, Migration, Run};
-use super::real::Places;
 use crate::control::{State, Status};
 
 /// What a QEMU says about itself.

@@ -101,8 +101,9 @@ pub enum Outcome {
 pub struct State {
     own: Own,
     moments: Moments,
-    /// When the word to go on was given.
-    continued: Option<Instant>,
+    /// Since when the end of the switchover is waited for: the word to go on was given, or the source is out of reach and
+    /// may be that far.
+    switching: Option<Instant>,
     /// How much of the memory was sent, and since when it is no more.
     sent: Option<(u64, Instant)>,
     /// Since when it is tried to get back, or forward.
@@ -174,9 +175,9 @@ impl<'a, W: World> Driver<'a, W> {
         let is_late = |since: Option<Instant>, limit: Duration| since.is_some_and(|since| now - since > limit);
         let seconds = |limit: Duration| limit.as_secs();
         let last_sent = self.last_sent(now);
-        self.state.own.gave_up = match (self.state.continued, self.limits.memory) {
+        self.state.own.gave_up = match (self.state.switching, self.limits.memory) {
             _ if self.interrupted.load(Ordering::Relaxed) => Some("interrupted".into()),
-            (Some(_), _) if is_late(self.state.continued, self.limits.switchover) => {
+            (Some(_), _) if is_late(self.state.switching, self.limits.switchover) => {
                 // To see that may have taken all the time: a QEMU whose disk does not answer says nothing.
                 let cause = view.obstacle().map_or_else(String::new, |why| format!(": {why}"));
                 let limit = seconds(self.limits.switchover);
@@ -215,9 +216,9 @@ impl<'a, W: World> Driver<'a, W> {
                 Err(why) => return self.give_up(why),
             },
             Step::WaitMemory => {
-                // The source was out of reach for a while, and nobody could tell how far it was.
+                // The source is in reach again, and was not as far as that.
                 if !self.state.own.continued {
-                    self.state.continued = None;
+                    self.state.switching = None;
                 }
                 self.world.wait(Duration::from_millis(200));
             }
@@ -230,7 +231,7 @@ impl<'a, W: World> Driver<'a, W> {
                 }
             }
             Step::Continue => {
-                self.state.continued = Some(self.world.now());
+                self.state.switching = Some(self.world.now());
                 self.state.own.continued = true;
                 if let Err(why) = self.world.go_on() {
                     return self.give_up(why);
@@ -267,7 +268,7 @@ impl<'a, W: World> Driver<'a, W> {
     fn wait_switchover(&mut self, view: &View) -> ControlFlow<Outcome> {
         self.world.wait(Duration::from_millis(100));
         // A source that neither ends nor can be made to: cancelled and not gone, or sending to nobody.
-        let since = *self.state.continued.get_or_insert(self.world.now());
+        let since = *self.state.switching.get_or_insert(self.world.now());
         if self.world.now() - since > self.limits.switchover + INSIST {
             let stands = || Stuck::SourceStands("its migration neither ends nor can be cancelled".to_owned());
             let stuck = view.source.as_ref().map_or_else(|why| Stuck::SourceLost(why.clone()), |_| stands());

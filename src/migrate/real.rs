@@ -8,39 +8,16 @@ use super::check::{Block, Found, Problems, problems};
 use super::disks;
 use super::driver::{NotActive, Outcome, World};
 use super::machine::{Memory, Side};
+use super::places::Places;
 use super::plan::{Machine, Migration, Run, View};
 use super::report::{DiskReport, Moments, PhaseReport, Report, ms};
 use crate::control::{RunDir, Status, Taken};
-use crate::qmp::{Address, Qmp};
+use crate::qmp::Qmp;
 
 const SOURCE: &str = "the source's QEMU";
 const DESTINATION: &str = "the destination's QEMU";
 /// How long the source may take to let go of its images. It has said that it did.
 const TAKE_WAIT: Duration = Duration::from_secs(5);
-
-/// What is to be moved, and between whom.
-#[derive(Clone, Debug)]
-pub struct Places {
-    /// The source's QEMU.
-    pub from: Address,
-    /// The destination's QEMU.
-    pub to: Address,
-    /// Where the source sends its memory.
-    pub uri: Option<String>,
-    /// Where the destination listens for it, if that is called otherwise there.
-    pub listen: Option<String>,
-    /// Each disk as the source's QEMU calls it, and the device in standby.
-    pub disks: Vec<(String, String)>,
-    /// Writable disks that need not be moved.
-    pub leave: Vec<String>,
-}
-
-impl Places {
-    /// The devices.
-    pub fn names(&self) -> impl ExactSizeIterator<Item = &str> {
-        self.disks.iter().map(|(_, name)| name.as_str())
-    }
-}
 
 /// Everything is connected and looked at.
 pub struct Real {
