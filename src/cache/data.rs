@@ -50,6 +50,17 @@ pub enum CacheError {
         /// What it must hold.
         needed: u64,
     },
+    /// Metadata without contents.
+    #[error(
+        "cache {path} is not there, but its metadata {metadata} is: put it back where it was, or, if what was in it is \
+         not needed any more, remove the metadata too, and a new one is begun"
+    )]
+    Gone {
+        /// The file.
+        path: PathBuf,
+        /// Its metadata.
+        metadata: PathBuf,
+    },
     /// A file with contents that no metadata explains.
     #[error(
         "cache {path} has contents but no metadata at {metadata}: it is not a blkferry cache; remove it or name another file"
@@ -88,6 +99,9 @@ impl DataFile {
         let found = match fs::metadata(path) {
             Ok(meta) => Some(meta),
             Err(e) if e.kind() == io::ErrorKind::NotFound && fresh => None,
+            Err(e) if e.kind() == io::ErrorKind::NotFound => {
+                return Err(CacheError::Gone { path: path.into(), metadata: metadata.into() });
+            }
             Err(e) => return Err(io("open")(e)),
         };
         let is_device = found.as_ref().is_some_and(|m| m.file_type().is_block_device());
@@ -105,7 +119,7 @@ impl DataFile {
             _ => {}
         }
         let file = options.open(path).map_err(io("open for writing"))?;
-        lock(&file, path)?;
+        lock(&file, path, libc::F_WRLCK)?;
         if is_device {
             let found = lseek(file.as_fd(), 0, Whence::SeekEnd).map_err(|e| io("find the size")(e.into()))? as u64;
             check_size(path, found, size_bytes)?;
@@ -132,6 +146,13 @@ impl DataFile {
         Ok(Self { io: file.into(), for_sync: Arc::new(again), is_device })
     }
 
+    /// Sees to it that no daemon has it, for as long as the file is held, and writes nothing: it may be fenced.
+    pub(super) fn keep_daemons_out(path: &Path) -> Result<File, CacheError> {
+        let file = File::open(path).map_err(|source| CacheError::Io { path: path.into(), action: "open", source })?;
+        lock(&file, path, libc::F_RDLCK)?;
+        Ok(file)
+    }
+
     /// Makes it writable, and locks it as any cache.
     pub fn come_home(&self, path: &Path) -> Result<(), CacheError> {
         let io = |action| move |source| CacheError::Io { path: path.into(), action, source };
@@ -141,7 +162,7 @@ impl DataFile {
             options.custom_flags(libc::O_EXCL);
         }
         let file = options.open(path).map_err(io("open for writing"))?;
-        lock(&file, path)?;
+        lock(&file, path, libc::F_WRLCK)?;
         self.io.replace(file).map_err(io("duplicate the descriptor"))
     }
 
@@ -191,17 +212,11 @@ fn check_size(path: &Path, found: u64, needed: u64) -> Result<(), CacheError> {
     Ok(())
 }
 
-fn lock(file: &File, path: &Path) -> Result<(), CacheError> {
+fn lock(file: &File, path: &Path, how: libc::c_int) -> Result<(), CacheError> {
     let started = Instant::now();
     for (start, len) in LOCK_BYTES {
         let whence = libc::SEEK_SET as libc::c_short;
-        let lock = libc::flock {
-            l_type: libc::F_WRLCK as libc::c_short,
-            l_whence: whence,
-            l_start: start,
-            l_len: len,
-            l_pid: 0,
-        };
+        let lock = libc::flock { l_type: how as libc::c_short, l_whence: whence, l_start: start, l_len: len, l_pid: 0 };
         loop {
             match fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock)) {
                 Ok(_) => break,

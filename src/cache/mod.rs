@@ -36,4 +36,4 @@ pub use page::{CopyState, PAGE_BYTES, PAYLOAD_BYTES, SealedPage};
 pub use reclaim::{ReclaimError, reclaim};
 pub use recover::{MetadataError, ReadAt, Recovered, Recovery};
 pub use superblock::{CacheState, FORMAT_VERSION, Gift, Superblock};
-pub use whole::Whole;
+pub use whole::{Whole, forget_given, is_held};

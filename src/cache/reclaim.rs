@@ -49,6 +49,8 @@ pub fn reclaim(data: &Path, metadata: &Path, force: bool) -> Result<Option<Uuid>
     let state = if held.is_whole() { CacheState::Complete } else { CacheState::Active };
     let recorded = Committer::new(&held.recovered).update(&held.metadata, |s| {
         (s.state, s.epoch, s.given_to, s.released) = (state, s.epoch + 1, None, false);
+        // Nothing was in the air since it was given away.
+        s.clean = true;
     });
     recorded.map_err(|e| ReclaimError::Io(metadata.into(), e))?;
     Ok(Some(to))

@@ -3,14 +3,31 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use super::data::DataFile;
+use super::data::{CacheError, DataFile};
 use super::live::LiveMap;
 use super::metadata::MetadataFile;
 use super::open::OpenError;
-use super::recover::Recovered;
+use super::recover::{MetadataError, Recovered};
 use super::superblock::CacheState;
 use crate::beside::sync_dir_of;
 use crate::engine::{Geometry, PageImage};
+
+/// Removes the metadata of a cache that became an image already: the record beside it is the later word. For whoever finds
+/// both; a daemon may not have it.
+pub fn forget_given(data: &Path, metadata: &Path) -> Result<(), OpenError> {
+    // Read-only: the image may be fenced.
+    let _held = DataFile::keep_daemons_out(data)?;
+    let removed = std::fs::remove_file(metadata).and_then(|()| sync_dir_of(metadata));
+    Ok(removed.map_err(|source| MetadataError::Io { path: metadata.into(), action: "remove", source })?)
+}
+
+/// Has a daemon this cache?
+pub fn is_held(data: &Path) -> Result<bool, OpenError> {
+    match DataFile::keep_daemons_out(data) {
+        Err(CacheError::InUse(_)) => Ok(true),
+        other => Ok(other.map(|_| false)?),
+    }
+}
 
 /// A cache that no daemon has, and none can have while this is held.
 pub(super) struct Held {

@@ -3,8 +3,7 @@
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use crate::daemon::{reclaim_cache, refuse_cache};
-use crate::export::{Reclaimed, reclaim};
+use crate::daemon::{Back, reclaim};
 
 /// Take a disk back that was given to another host
 ///
@@ -29,17 +28,16 @@ pub(super) struct Args {
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let image = args.image.display();
-    if let Some(to) = reclaim_cache(&args.image, args.metadata.as_deref(), args.force)? {
-        outln!(
+    match reclaim(&args.image, args.metadata.as_deref(), args.force)? {
+        Back::Never => outln!(
+            "{image} was never given away, as far as it is known here: nothing beside it says so (of a cache, name its \
+             --metadata if that is elsewhere)"
+        ),
+        Back::Here => outln!("{image} is here, and may be used"),
+        Back::Image(to) => outln!("{image} was taken back from {to}: it is as it was when it was given away"),
+        Back::Cache(to) => outln!(
             "{image} was taken back from {to}: attach it again, and it is the disk as it was when it was given away"
-        );
-        return Ok(ExitCode::SUCCESS);
-    }
-    // Of any other cache its device knows what to do.
-    refuse_cache(&args.image)?;
-    match reclaim(&args.image, args.force)? {
-        Reclaimed::WasHere => outln!("{image} is here, and may be used"),
-        Reclaimed::From(to) => outln!("{image} was taken back from {to}: it is as it was when it was given away"),
+        ),
     }
     Ok(ExitCode::SUCCESS)
 }

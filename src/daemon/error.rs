@@ -4,10 +4,10 @@ use std::io;
 use std::path::PathBuf;
 
 use super::SignalError;
-use crate::cache::{MetadataError, OpenError};
+use crate::cache::{MetadataError, OpenError, ReclaimError};
 use crate::control::{NameError, RunDirError};
 use crate::device::FetchThreadError;
-use crate::export::HomeError;
+use crate::export::{GiverError, HomeError, RecordError};
 use crate::frontend::{FrontendError, ShapeError};
 use crate::nbd::Uri;
 use crate::remote::DialError;
@@ -137,6 +137,18 @@ pub enum DaemonError {
          and offer the device (`blkferry attach … --export`)"
     )]
     NoImage(PathBuf),
+    /// A cache whose disk cannot be had back.
+    #[error(transparent)]
+    Reclaim(#[from] ReclaimError),
+    /// An image whose disk cannot be had back.
+    #[error(transparent)]
+    Giver(#[from] GiverError),
+    /// A record that cannot be used.
+    #[error(transparent)]
+    Record(#[from] RecordError),
+    /// It has the disk.
+    #[error("{0} is the cache of a device that is running, and has the disk: there is nothing to take back")]
+    Running(PathBuf),
     /// Signals cannot be waited for.
     #[error(transparent)]
     Signal(#[from] SignalError),

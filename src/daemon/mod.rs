@@ -12,6 +12,7 @@ mod export_side;
 mod handler;
 mod hands;
 mod rate;
+mod reclaim;
 mod running;
 mod signals;
 mod start;
@@ -19,19 +20,19 @@ mod ublk;
 mod ublksrv;
 
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use crate::cache::{CacheState, ReclaimError, Superblock, default_metadata_path, peek, reclaim};
 use crate::control::{RunDir, Status};
 use crate::device::Mode;
-use crate::export::Record;
 use crate::nbd::{Address, Uri};
 pub use crate::remote::OnLoss;
 use crate::ublk::prepare_process;
 use crate::uring::require_io_uring;
 
 pub use error::DaemonError;
+pub use reclaim::{Back, reclaim, refuse_cache};
+use reclaim::{is_given_away, is_image};
 use running::{Daemon, End, Wish};
 pub use signals::{SignalError, wait_for_stop_signal};
 pub use ublk::{UblkOptions, forget, recovery_of, waits_for_daemon};
@@ -172,42 +173,4 @@ fn abort_on_panic() {
 /// A thread that panicked with it held has ended the process.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
-}
-
-/// Was it somebody's image before it was to be a cache?
-fn is_image(cache: &Path) -> bool {
-    Record::path_of(cache).exists()
-}
-
-/// Is it somebody's image, whose disk is elsewhere?
-fn is_given_away(cache: &Path) -> bool {
-    // A record that cannot be read is told of when it matters.
-    Record::read(&Record::path_of(cache)).is_ok_and(|record| record.is_some_and(|record| !record.deed.is_here()))
-}
-
-/// Takes the disk of a cache back from whoever has it; see [`reclaim`]. `None`: it is no cache that was given away.
-pub fn reclaim_cache(cache: &Path, metadata: Option<&Path>, force: bool) -> Result<Option<uuid::Uuid>, ReclaimError> {
-    if let Some(named) = metadata.filter(|path| !path.exists()) {
-        return Err(ReclaimError::NoMetadata(named.into()));
-    }
-    let metadata = metadata.map_or_else(|| default_metadata_path(cache), Path::to_owned);
-    match peek(&metadata).map_err(crate::cache::OpenError::from)? {
-        Some(superblock) if superblock.state == CacheState::Away && !is_given_away(cache) => {
-            reclaim(cache, &metadata, force)
-        }
-        _ => Ok(None),
-    }
-}
-
-/// A file that a device was made of and never completed holds zeros where its blocks should be, and one that was given
-/// away is somebody else's: neither is an image that can be served. One that has a record of who has it says so itself.
-pub fn refuse_cache(image: &Path) -> Result<(), DaemonError> {
-    match peek(&default_metadata_path(image))? {
-        None => Ok(()),
-        Some(Superblock { state: CacheState::Complete, .. }) => Ok(()),
-        // Nothing came home yet.
-        Some(Superblock { state: CacheState::Standby | CacheState::Declined, .. }) if is_image(image) => Ok(()),
-        Some(_) if is_given_away(image) => Ok(()),
-        Some(_) => Err(DaemonError::NoImage(image.into())),
-    }
 }

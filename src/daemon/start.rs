@@ -23,7 +23,7 @@ use crate::device::{
     engine_config,
 };
 use crate::engine::{Engine, Geometry};
-use crate::export::{Home, HomeError, become_image, bell_of, check_home};
+use crate::export::{Home, HomeError, Record, become_image, bell_of, check_home};
 use crate::frontend::{Frontend, NbdFrontend, Presentation, UblkFrontend, UblkShape, logical_bytes};
 use crate::handoff::{Deed, Right};
 use crate::nbd::{Address, Standing};
@@ -236,6 +236,12 @@ fn start_on(
         return Err(DaemonError::NoHandoff(options.source.clone()));
     }
     let home = home_of(&places.data, run_dir, known.as_ref(), standing)?;
+    if known.is_none() && home.is_none() && Record::forget_gone(&places.data).map_err(HomeError::from)? {
+        log::info!(
+            "{}: the record of an image that was there once, and is there no more, was removed",
+            places.data.display()
+        );
+    }
     let cache = Cache::open(
         &CacheOptions {
             data: places.data.clone(),

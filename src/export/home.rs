@@ -115,6 +115,14 @@ pub fn check_home(path: &Path, deed: &Deed, source: Option<&Standing>) -> Result
 /// cache, and forgets it after this.
 pub fn become_image(path: &Path, deed: Deed) -> Result<(), HomeError> {
     let record_path = Record::path_of(path);
+    match Record::read(&record_path)? {
+        // Death came between this and what the caller does next. What the contents were known by then still holds.
+        Some(record) if record.deed == deed => return Ok(()),
+        // A later word than the cache's.
+        Some(record) if record.deed.disk == deed.disk => return Err(HomeError::Moved(path.into())),
+        // Of an image that was at this place before.
+        _ => {}
+    }
     let image = Image::open(path, true)?;
     let io = |action| move |source| ImageError::Io { path: path.into(), action, source };
     let mode = fence::mode_of(&image.duplicate().map_err(io("duplicate the descriptor"))?).map_err(io("stat"))?;

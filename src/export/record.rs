@@ -90,6 +90,17 @@ impl Record {
         Self::decode(&text, path).map(Some)
     }
 
+    /// Removes the record of an image that is gone, durably: whatever is made in its place is another disk. Was there one?
+    pub fn forget_gone(image: &Path) -> Result<bool, RecordError> {
+        let path = Self::path_of(image);
+        if fs::symlink_metadata(image).is_ok() || !path.exists() {
+            return Ok(false);
+        }
+        let removed = fs::remove_file(&path).and_then(|()| sync_dir_of(&path));
+        removed.map_err(|source| RecordError::Io { path, action: "remove", source })?;
+        Ok(true)
+    }
+
     fn decode(text: &[u8], path: &Path) -> Result<Self, RecordError> {
         let damaged = |what| RecordError::Damaged { path: path.into(), what };
         let body = text.strip_suffix(b"\n").ok_or(damaged("its end is missing"))?;

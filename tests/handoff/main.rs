@@ -10,4 +10,5 @@ mod breath;
 mod client;
 mod image;
 mod onward;
+mod reclaim;
 mod rig;

@@ -3,7 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::client::Client;
-use crate::rig::{Rig, activate, contents, control, data_bytes, offer, wait_released, write_blocks};
+use crate::rig::{Rig, activate, contents, control, data_bytes, offer, wait_released};
 
 const SIZE: u64 = 16 << 20;
 
@@ -82,68 +82,6 @@ fn a_device_that_gave_its_disk_away_stays_so() {
     let mut wanted = contents(SIZE);
     wanted[..4096].fill(7);
     assert!(std::fs::read(rig.world.path("c.raw")).unwrap() == wanted);
-}
-
-#[test]
-fn a_taker_that_is_gone_for_good_does_not_take_the_disk_with_it() {
-    for (hydrate, state) in [("off", "active"), ("auto", "complete")] {
-        let rig = Rig::new(SIZE);
-        let export = rig.world.export(&rig.image);
-        let b = rig.attach(&export.uri, "b", &["--hydrate", hydrate]);
-        let mut wanted = contents(SIZE);
-        let mut at_b = Client::connect(&b.uri);
-        write_blocks(&mut at_b, &mut wanted, 3..5, 9);
-        if state == "complete" {
-            b.wait_complete();
-        }
-        let c = rig.attach(&offer(&b), "c", &["--hydrate", "off"]);
-        Client::connect(&c.uri).write(0, &[7; 4096]);
-        crate::common::kill(c.pid, nix::sys::signal::Signal::SIGKILL);
-        drop(at_b);
-        rig.world.ok(["detach", "b", "--incomplete"]);
-
-        let cache = rig.cache.to_str().unwrap();
-        let refused = rig.world.refused(["reclaim", cache]);
-        assert!(refused.contains("was given to") && refused.contains("in epoch 2"), "{refused}");
-        let said = rig.world.ok(["reclaim", "--force", cache]);
-        assert!(said.contains("was taken back from"), "{said}");
-        // What was given is there, what was written by the taker is not, and the taker is told so if it comes back.
-        let b = rig.attach(&export.uri, "b", &["--hydrate", "off"]);
-        assert_eq!((&b.status()["state"], &b.status()["handoff"]["epoch"]), (&json!(state), &json!(3)));
-        let refused = rig.refused(&offer(&b), "c", &[]);
-        assert!(refused.contains("taken back there since"), "{refused}");
-        write_blocks(&mut Client::connect(&b.uri), &mut wanted, 0..1, 5);
-        b.set("hydrate=auto");
-        b.wait_complete();
-        b.detach();
-        assert!(std::fs::read(&rig.cache).unwrap() == wanted);
-        assert!(rig.world.ok(["reclaim", cache]).contains("is here"));
-    }
-}
-
-/// An image that could be handed over was at the cache's place once, and its record still says that it is here.
-#[test]
-fn an_old_record_does_not_make_an_image_of_a_cache() {
-    let rig = Rig::new(SIZE);
-    let export = rig.world.export(&rig.image);
-    let cache = rig.cache.to_str().unwrap();
-    crate::common::make_image(&rig.cache, SIZE, &[]);
-    drop(rig.hand_out_other(&rig.cache));
-    std::fs::remove_file(&rig.cache).unwrap();
-
-    let b = rig.attach(&export.uri, "b", &["--hydrate", "off"]);
-    let c = rig.attach(&offer(&b), "c", &["--hydrate", "off"]);
-    Client::connect(&c.uri).write(0, &[7; 4096]);
-    crate::common::kill(c.pid, nix::sys::signal::Signal::SIGKILL);
-    rig.world.ok(["detach", "b", "--incomplete"]);
-    let refused = rig.world.refused(["export", cache, "--listen", "127.0.0.1:0"]);
-    assert!(refused.contains("is the cache of a device"), "{refused}");
-    let nowhere = rig.world.path("nowhere");
-    let refused = rig.world.refused(["reclaim", "--force", cache, "--metadata", nowhere.to_str().unwrap()]);
-    assert!(refused.contains("no metadata at"), "{refused}");
-    let refused = rig.world.refused(["reclaim", cache]);
-    assert!(refused.contains("was given to"), "{refused}");
-    assert!(rig.world.ok(["reclaim", "--force", cache]).contains("was taken back"));
 }
 
 #[test]
