@@ -97,7 +97,7 @@ fn a_cache_that_lost_a_part() {
     let (found, needed) = ((SIZE / 2).to_string(), SIZE.to_string());
     attach_refused(&world, &export, &cache, &["too small", &found, &needed]);
     std::fs::remove_file(&cache).unwrap();
-    attach_refused(&world, &export, &cache, &["No such file"]);
+    attach_refused(&world, &export, &cache, &["is not there, but its metadata", "remove the metadata too"]);
     // Put back, all is well.
     std::fs::write(&cache, whole).unwrap();
     let device = world.attach(&export.uri, &cache, "disk", &["--hydrate", "off"]);
