@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use indicatif::{HumanBytes, HumanDuration, ProgressBar, ProgressStyle};
 
-use crate::control::Status;
+use crate::control::{HandoffStatus, State, Status};
 
 /// Bytes for people: `1.50 GiB`.
 pub(super) fn bytes(n: u64) -> String {
@@ -34,22 +34,38 @@ pub(super) fn show_on(bar: &ProgressBar, status: &Status) {
     bar.set_message(headline(status));
 }
 
-/// What hydration does, in a few words with rate and ETA.
+/// How a device is, in a few words: with rate and ETA while blocks come.
 pub(super) fn headline(status: &Status) -> String {
     if let Some(failure) = &status.failure {
         return format!("failed: {failure}");
     }
-    if let Some(lost_s) = status.source.lost_s {
+    let lost = status.source.lost_s.map(|lost_s| {
         let waiting = status.frontend.waiting_requests;
-        return format!("source lost for {}, {waiting} requests wait", seconds(lost_s));
+        format!("source lost for {}, {waiting} requests wait", seconds(lost_s))
+    });
+    // Whatever is here, it is not the disk any more.
+    if status.state == State::Away {
+        let lost = lost.map_or_else(String::new, |lost| format!("; {lost}"));
+        return format!("{}{lost}", given(&status.handoff));
+    }
+    if let Some(lost) = lost {
+        return lost;
     }
     match (status.hydrate.state.as_str(), status.hydrate.eta_s) {
+        _ if status.state == State::Standby => "in standby: the disk is still the source's".into(),
         _ if !status.source_needed => "complete".into(),
         ("done", _) => "all here, not yet committed".into(),
         ("running", Some(eta)) => format!("{}, {} to go", rate(status.hydrate.rate_bytes_per_s), seconds(eta)),
         (state, _) => match &status.hydrate.reason {
-            Some(reason) => format!("{state}: {reason}"),
-            None => state.into(),
+            Some(reason) => format!("hydration {state}: {reason}"),
+            None => format!("hydration {state}"),
         },
     }
+}
+
+/// Who has a disk that was given away, and whether the device may go.
+fn given(handoff: &HandoffStatus) -> String {
+    let to = handoff.given_to.as_deref().unwrap_or("another host");
+    let rest = if handoff.released { "which has all of it" } else { "which still fetches from here" };
+    format!("given to {to} in epoch {}, {rest}", handoff.epoch)
 }

@@ -75,6 +75,8 @@ fn only_what_was_written_comes_back() {
     assert!(std::fs::read(&rig.image).unwrap() == wanted);
     assert!(can_be_written(&rig.image));
     assert_eq!(wait_released(&b)["state"], "away");
+    let said = rig.world.ok(["status", "b"]);
+    assert!(said.contains("in epoch 3, which has all of it"), "{said}");
 }
 
 #[test]
@@ -91,6 +93,13 @@ fn killed_on_the_way_home() {
     let a = rig.attach(&uri, "a", &["--standby", "--hydrate", "off"]);
     assert_eq!(a.status()["state"], "standby");
     activate(&a).unwrap();
+    let status = a.status();
+    let given =
+        format!("given to {} in epoch 3, which still fetches from here", status["handoff"]["disk"].as_str().unwrap());
+    for verb in [&["status", "b"][..], &["list"]] {
+        let said = rig.world.ok(verb);
+        assert!(said.contains(&given), "{said}");
+    }
     // On record; what it kept is in the live map.
     kill(a.pid, Signal::SIGKILL);
     // As if death had come before the record beside the image was cleared up.
