@@ -23,8 +23,14 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let taken = activate_all(&RunDir::open()?, &args.names, args.wait).map_err(anyhow::Error::msg)?;
-    for (name, taken) in args.names.iter().zip(&taken) {
+    let mut names = Vec::new();
+    for name in &args.names {
+        if !names.contains(name) {
+            names.push(name.clone());
+        }
+    }
+    let taken = activate_all(&RunDir::open()?, &names, args.wait).map_err(anyhow::Error::msg)?;
+    for (name, taken) in names.iter().zip(&taken) {
         let already = if taken.already { "already " } else { "" };
         outln!("{name}: {already}active, in epoch {}; the source must not be written any more", taken.epoch);
         if let Some(warning) = &taken.warning {
