@@ -39,8 +39,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         outln!("{}", serde_json::to_string(&report)?);
     } else {
         let bytes = display::bytes;
-        let verdict = if same { "nothing differs" } else { "DIFFERENT" };
-        outln!("{}: {verdict} (compared by {})", args.name, report.method);
+        let verdict = match (same, report.same_bytes) {
+            (true, 0) => format!("nothing could be compared: {}", why_nothing(&report)),
+            (true, _) => format!("nothing differs (compared by {})", report.method),
+            (false, _) => format!("DIFFERENT (compared by {})", report.method),
+        };
+        outln!("{}: {verdict}", args.name);
         outln!("  same       {}", bytes(report.same_bytes));
         outln!("  different  {}", bytes(report.different_bytes));
         outln!("  left out   {} written here, {} not here yet", bytes(report.dirty_bytes), bytes(report.absent_bytes));
@@ -50,4 +54,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         }
     }
     Ok(if same { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn why_nothing(report: &VerifyReport) -> &'static str {
+    match (report.dirty_bytes, report.absent_bytes) {
+        (0, _) => "no block is here yet",
+        (_, 0) => "all blocks were written here",
+        _ => "each block was written here, or is not here yet",
+    }
 }
