@@ -23,7 +23,7 @@ const FAR: Duration = Duration::from_millis(2);
 #[derive(Debug, thiserror::Error)]
 pub enum DialError {
     /// Nobody there.
-    #[error("source {uri}: cannot connect: {source}; is the export running there, and is the port open?")]
+    #[error("source {uri}: cannot connect: {source}; {}", what_to_look_at(.uri))]
     Connect {
         /// The source.
         uri: String,
@@ -52,6 +52,14 @@ pub enum DialError {
         /// What is wrong.
         source: ProtocolError,
     },
+}
+
+fn what_to_look_at(uri: &str) -> &'static str {
+    if uri.starts_with("nbd+unix:") {
+        "is the server running, and is that the path of its socket?"
+    } else {
+        "is the export running there, and is the port open?"
+    }
 }
 
 /// A connection that has reached the transmission phase.

@@ -25,13 +25,13 @@ fn attach_refused(world: &World, uri: &str, words: &[&str]) -> String {
 fn nobody_is_there() {
     let world = World::new();
     let nowhere = format!("nbd+unix:///?socket={}", world.path("nowhere").display());
-    attach_refused(&world, &nowhere, &["cannot connect", "No such file", "is the export running"]);
+    attach_refused(&world, &nowhere, &["cannot connect", "No such file", "path of its socket"]);
     // A socket that a dead server left.
     drop(UnixListener::bind(world.path("left")).unwrap());
     let left = format!("nbd+unix:///?socket={}", world.path("left").display());
-    attach_refused(&world, &left, &["cannot connect", "refused", "is the export running"]);
+    attach_refused(&world, &left, &["cannot connect", "refused", "path of its socket"]);
     // Nothing listens on the first port of the reserved ones.
-    attach_refused(&world, "nbd://127.0.0.1:1/", &["cannot connect", "refused"]);
+    attach_refused(&world, "nbd://127.0.0.1:1/", &["cannot connect", "refused", "is the port open"]);
     attach_refused(&world, "nbd://no.such.host.invalid/vm", &["cannot connect"]);
 }
 
