@@ -9,7 +9,7 @@ use std::time::Duration;
 use super::display;
 use crate::control::RunDir;
 use crate::daemon::{refuse_cache, wait_for_stop_signal};
-use crate::export::{ExportDisk, Giver, bell_of, hear};
+use crate::export::{ExportDisk, Giver, bell_of, hear, refuse_other_format};
 use crate::nbd::{Address, Standing};
 use crate::server::{ServeStats, Server, listen};
 use crate::uring::{Listener, Mailbox, Reactor, require_io_uring};
@@ -38,6 +38,9 @@ pub(super) struct Args {
     /// Serve the image although somebody may be writing to it (QEMU holds its lock)
     #[arg(long)]
     in_use: bool,
+    /// Serve a file as it is although it looks like another format
+    #[arg(long)]
+    raw: bool,
     /// Print where it is served as JSON
     #[arg(long)]
     json: bool,
@@ -49,6 +52,9 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let ring_bell = stop.clone();
     wait_for_stop_signal(move || ring_bell.send(()))?;
     refuse_cache(&args.image)?;
+    if !args.raw {
+        refuse_other_format(&args.image)?;
+    }
     let (image, giver) = Giver::open(&args.image, args.in_use, args.handoff)?;
     let size_bytes = image.size_bytes();
     let standing = giver.as_ref().map(|giver| giver.standing());

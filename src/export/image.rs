@@ -20,6 +20,9 @@ const LOCK_READS: i64 = 100;
 const LOCK_WRITES: i64 = 101;
 const LOCK_NOBODY_WRITES: i64 = 201;
 
+/// What a qcow2 image begins with.
+const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+
 /// Why an image cannot be served.
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
@@ -47,6 +50,13 @@ pub enum ImageError {
     /// Nothing in it.
     #[error("image {0} is empty")]
     Empty(PathBuf),
+    /// Whoever reads it would find a container, and not the disk in it.
+    #[error(
+        "image {0} is a qcow2 image, and its bytes would be served as if they were the disk: serve it with qemu-nbd \
+         (`qemu-nbd --read-only --persistent --shared=8 {0}`), or convert it (`qemu-img convert -O raw`); with --raw \
+         it is served as it is"
+    )]
+    Qcow2(PathBuf),
     /// A virtual machine has it.
     #[error(
         "image {0} is open for writing by another process (QEMU holds its lock): what is fetched would be a mix of \
@@ -144,6 +154,17 @@ impl Image {
         }
         Ok(hasher.finish("image"))
     }
+}
+
+/// Refuses what is a disk inside of another format. What cannot be read is told of when it is opened.
+pub fn refuse_other_format(path: &Path) -> Result<(), ImageError> {
+    let kind = std::fs::metadata(path).map(|meta| meta.file_type());
+    if !kind.is_ok_and(|kind| kind.is_file() || kind.is_block_device()) {
+        return Ok(());
+    }
+    let mut start = [0; 4];
+    let read = File::open(path).and_then(|file| file.read_exact_at(&mut start, 0));
+    if read.is_ok() && start == QCOW2_MAGIC { Err(ImageError::Qcow2(path.into())) } else { Ok(()) }
 }
 
 fn lock_on(kind: i32, byte: i64) -> libc::flock {

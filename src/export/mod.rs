@@ -16,5 +16,5 @@ pub use disk::ExportDisk;
 pub use doorbell::{bell_of, hear};
 pub use giver::{Giver, GiverError, Reclaimed, reclaim};
 pub use home::{Home, HomeError, become_image, check_home};
-pub use image::{Image, ImageError};
+pub use image::{Image, ImageError, refuse_other_format};
 pub use record::{Record, RecordError};

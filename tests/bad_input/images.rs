@@ -8,6 +8,7 @@ use std::os::unix::net::UnixListener;
 use nix::fcntl::{FcntlArg, fcntl};
 use nix::libc;
 
+use crate::client::Client;
 use crate::common::{World, make_image};
 use crate::trace::{misused, refused};
 
@@ -31,6 +32,20 @@ fn an_image_that_is_no_disk() {
         export_refused(&world, &name, &["not a multiple of 512", &size.to_string(), "truncate -s %512"]);
     }
     refused(&world, ["export", "/dev/null"], &["/dev/null", "neither a regular file nor a block device"]);
+}
+
+#[test]
+fn an_image_that_is_another_format() {
+    let world = World::new();
+    let image = world.path("image.qcow2");
+    let words = ["qcow2", "qemu-nbd", "qemu-img convert -O raw", "--raw"];
+    // The size of a qcow2 image is a multiple of nothing.
+    for len in [700, 1024] {
+        std::fs::write(&image, [&b"QFI\xfb\x00\x00\x00\x03"[..], &[0; 1024]].concat()[..len].to_vec()).unwrap();
+        export_refused(&world, "image.qcow2", &words);
+    }
+    let export = world.export_with(&image, &format!("unix:{}", world.path("raw").display()), &["--raw"]);
+    assert_eq!(Client::connect(&export.uri).read(0, 4), b"QFI\xfb");
 }
 
 /// Locks a byte of a file as QEMU does.
