@@ -102,6 +102,8 @@ fn a_daemon_in_the_foreground() {
         let status: Value = serde_json::from_str(&line).unwrap();
         use_it(status["frontend"]["uri"].as_str().unwrap(), &mut expected);
         kill(child.id() as i32, signal);
+        // As timeout(1) does, which means one.
+        kill(child.id() as i32, Signal::SIGHUP);
         assert_eq!(wait(&mut child).code(), Some(0), "a clean stop");
         drop(export);
         assert_left_in_order(&world, &expected);
