@@ -7,11 +7,11 @@ use clap::ValueEnum;
 use nix::unistd::User;
 
 use super::launch::{Manner, launch};
-use crate::control::RunDir;
+use crate::control::{RunDir, check_name};
 use crate::daemon::{self, DaemonOptions, OnLoss, Standby, UblkOptions};
 use crate::device::Mode;
 use crate::nbd::{Address, Uri};
-use crate::size::{ParseSizeError, parse_size};
+use crate::size::parse_size;
 use crate::ublk::{self, MAX_DEPTH, MAX_QUEUES};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -47,7 +47,7 @@ pub(super) struct Args {
     /// What becomes the disk
     cache: PathBuf,
     /// Name of the device [default: the cache's file name without its extension]
-    #[arg(long)]
+    #[arg(long, value_parser = check_name)]
     name: Option<String>,
     /// How the guest reaches the device
     #[arg(long, value_enum, default_value_t = Frontend::Auto, env = "BLKFERRY_FRONTEND", hide_env_values = true)]
@@ -77,7 +77,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "wait|fail-after:DURATION", default_value = "wait")]
     on_source_loss: OnLoss,
     /// Block size of a new cache: a power of two from 4K to 1M [default: 4K]
-    #[arg(long, value_name = "SIZE", value_parser = size)]
+    #[arg(long, value_name = "SIZE", value_parser = block_size)]
     block_size: Option<u64>,
     /// Where the metadata is [default: CACHE.ferry; under /var/lib/blkferry for a block device]
     #[arg(long, value_name = "PATH")]
@@ -109,8 +109,11 @@ pub(super) struct Args {
     manner: Manner,
 }
 
-fn size(text: &str) -> Result<u64, ParseSizeError> {
-    parse_size(text)
+fn block_size(text: &str) -> Result<u64, String> {
+    match parse_size(text).map_err(|e| e.to_string())? {
+        bytes if bytes.is_power_of_two() && (4 << 10..=1 << 20).contains(&bytes) => Ok(bytes),
+        _ => Err("it is a power of two from 4K to 1M".into()),
+    }
 }
 
 fn user(text: &str) -> Result<u32, String> {

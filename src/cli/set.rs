@@ -2,9 +2,10 @@
 
 use std::process::ExitCode;
 
-use anyhow::bail;
-
-use crate::control::{Client, Request, RunDir};
+use crate::control::{Client, Request, RunDir, SETTINGS};
+use crate::daemon::OnLoss;
+use crate::device::Mode;
+use crate::nbd::Address;
 
 /// Change a setting of a running device
 ///
@@ -17,17 +18,35 @@ pub(super) struct Args {
     /// The device
     name: String,
     /// What to change
-    #[arg(value_name = "KEY=VALUE", required = true)]
-    settings: Vec<String>,
+    #[arg(value_name = "KEY=VALUE", required = true, value_parser = setting)]
+    settings: Vec<Setting>,
+}
+
+#[derive(Clone, Debug)]
+struct Setting {
+    key: String,
+    value: String,
+}
+
+/// As the daemon would read it, so that nothing is changed if one of several cannot be.
+fn setting(text: &str) -> Result<Setting, String> {
+    let Some((key, value)) = text.split_once('=') else {
+        return Err("write KEY=VALUE, such as hydrate=off".into());
+    };
+    match key {
+        "hydrate" => value.parse::<Mode>().map(drop).map_err(|e| e.to_string())?,
+        "on-source-loss" => value.parse::<OnLoss>().map(drop).map_err(|e| e.to_string())?,
+        "export" if value == "off" => {}
+        "export" => value.parse::<Address>().map(drop).map_err(|e| e.to_string())?,
+        _ => return Err(format!("there is no setting {key:?}; use {SETTINGS}")),
+    }
+    Ok(Setting { key: key.into(), value: value.into() })
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
     let mut client = Client::connect(&RunDir::open()?, &args.name)?;
-    for setting in &args.settings {
-        let Some((key, value)) = setting.split_once('=') else {
-            bail!("{setting:?} is no setting: write KEY=VALUE, such as hydrate=off");
-        };
-        let request = Request::Set { key: key.into(), value: value.into() };
+    for Setting { key, value } in &args.settings {
+        let request = Request::Set { key: key.clone(), value: value.clone() };
         let now: String = client.ask(&request, |_| {})?;
         outln!("{}: {key}={now}", args.name);
     }

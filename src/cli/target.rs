@@ -13,7 +13,7 @@ use anyhow::Context;
 use clap::{Parser, Subcommand};
 
 use super::attach::name_of;
-use crate::control::{RunDir, Status};
+use crate::control::{RunDir, Status, check_name};
 use crate::daemon::{self, DaemonOptions, Observer, OnLoss, UblkOptions};
 use crate::device::Mode;
 use crate::nbd::Uri;
@@ -49,7 +49,7 @@ struct Add {
     #[arg(long, value_name = "URI")]
     source: Uri,
     /// Name for `blkferry status` and others [default: the cache's file name without its extension]
-    #[arg(long)]
+    #[arg(long, value_parser = check_name)]
     name: Option<String>,
     /// Fetch in the background: auto, off, or at most RATE bytes a second
     #[arg(long, value_name = "auto|off|RATE", default_value = "auto")]

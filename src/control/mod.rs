@@ -16,8 +16,8 @@ mod server;
 mod status;
 
 pub use client::{Client, ControlError};
-pub use protocol::{Answer, Detached, Request, Taken};
-pub use rundir::{Claim, Entry, NameError, RunDir, RunDirError, UblkEntry};
+pub use protocol::{Answer, Detached, Request, SETTINGS, Taken};
+pub use rundir::{Claim, Entry, NameError, RunDir, RunDirError, UblkEntry, check_name};
 pub use server::{ControlServer, Handler};
 pub use status::{
     BlockStatus, ByteStatus, CacheStatus, FrontendStatus, HandoffStatus, HydrateStatus, SourceStatus, State, Status,

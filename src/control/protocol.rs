@@ -4,6 +4,10 @@ use std::time::Duration;
 
 use serde::{Deserialize, Serialize};
 
+/// What [`Request::Set`] can change.
+pub const SETTINGS: &str =
+    "hydrate=auto|off|RATE, on-source-loss=wait|fail-after:DURATION, or export=HOST:PORT|unix:PATH|off";
+
 /// What a client asks.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "do", rename_all = "lowercase", deny_unknown_fields)]

@@ -292,10 +292,11 @@ fn is_at(file: &File, path: &Path) -> io::Result<bool> {
     Ok(fs::metadata(path).is_ok_and(|there| (there.dev(), there.ino()) == (ours.dev(), ours.ino())))
 }
 
-fn check_name(name: &str) -> Result<(), NameError> {
+/// Gives back what may be the name of a device.
+pub fn check_name(name: &str) -> Result<String, NameError> {
     let fits = (1..=MAX_NAME).contains(&name.len()) && !name.starts_with(['.', '-']);
     if fits && name.chars().all(|c| c.is_ascii_alphanumeric() || "._-".contains(c)) {
-        Ok(())
+        Ok(name.into())
     } else {
         Err(NameError::Invalid(name.into()))
     }

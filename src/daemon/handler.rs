@@ -12,8 +12,8 @@ use super::hands::Hands;
 use super::rate::RateMeter;
 use super::{Wish, lock};
 use crate::control::{
-    BlockStatus, ByteStatus, CacheStatus, Detached, FrontendStatus, Handler, HydrateStatus, SourceStatus, State,
-    Status, Taken, UblkEntry, WireStatus,
+    BlockStatus, ByteStatus, CacheStatus, Detached, FrontendStatus, Handler, HydrateStatus, SETTINGS, SourceStatus,
+    State, Status, Taken, UblkEntry, WireStatus,
 };
 use crate::device::{Core, HydrationState, Mode, Phase, Verifier, VerifyProgress, VerifyReport};
 use crate::nbd::Address;
@@ -178,10 +178,7 @@ impl DaemonHandler {
                 Ok("off".into())
             }
             "export" => self.export(&value.parse().map_err(|e: crate::nbd::UriError| e.to_string())?),
-            _ => Err(format!(
-                "there is no setting {key:?}; use hydrate=auto|off|RATE, on-source-loss=wait|fail-after:DURATION, or \
-                 export=HOST:PORT|unix:PATH|off"
-            )),
+            _ => Err(format!("there is no setting {key:?}; use {SETTINGS}")),
         }
     }
 

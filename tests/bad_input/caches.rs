@@ -187,7 +187,7 @@ fn a_block_size_that_cannot_be() {
     let cache = cache.to_str().unwrap();
     for size in ["0", "512", "2K", "5000", "12K", "2M"] {
         let args = ["attach", &export.uri, cache, "--name", "disk", "--block-size", size];
-        refused(&world, args, &["block size", "power of two", "4K", "1M"]);
+        misused(&world, args, &["--block-size", "power of two", "4K", "1M"]);
     }
     for size in ["big", "-4K", "4X", "1e6", "0x1000", "99999999999999999999", "9999999999999T", ""] {
         misused(&world, ["attach", &export.uri, cache, &format!("--block-size={size}")], &["--block-size"]);

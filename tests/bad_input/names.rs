@@ -9,7 +9,7 @@ use serde_json::Value;
 
 use crate::client::Client;
 use crate::common::{Export, World, make_image};
-use crate::trace::{Tree, assert_says, one_line, refused};
+use crate::trace::{Tree, assert_says, misused, one_line, refused};
 
 fn with_source() -> (World, Export) {
     let world = World::new();
@@ -46,10 +46,13 @@ fn a_name_that_is_in_use() {
 #[test]
 fn a_name_that_is_none() {
     let (world, export) = with_source();
-    for name in ["", "a/b", "../up", ".hidden", "-dash", "with space", "ümlaut", "new\nline", &"x".repeat(49)] {
+    let cache = world.path("new-cache");
+    for name in ["", "a/b", "../up", ".hidden", "-dash", "with space", "ümlaut", &"x".repeat(49)] {
         let name = format!("--name={name}");
-        attach_refused(&world, &export, &[&name], &["no name for a device", "1 to 48"]);
+        let args = ["attach", &export.uri, cache.to_str().unwrap(), &name];
+        misused(&world, args, &["no name for a device", "1 to 48"]);
     }
+    misused(&world, ["attach", &export.uri, cache.to_str().unwrap(), "--name=new\nline"], &["invalid value"]);
 }
 
 #[test]
@@ -133,8 +136,10 @@ fn a_setting_that_means_nothing() {
         ("=", &["hydrate="]),
     ];
     for (setting, words) in cases {
-        let line = one_line(&world.blkferry(["set", "disk", setting]));
-        assert_says(&line, words);
+        // Nothing is changed if one of several cannot be.
+        let out = world.blkferry(["set", "disk", "hydrate=off", setting]);
+        assert_eq!(out.status.code(), Some(2), "{out:?}");
+        assert_says(String::from_utf8_lossy(&out.stderr).lines().next().unwrap(), words);
     }
     assert_eq!(device.status()["hydrate"]["mode"], "50M");
     device.wait_complete();

@@ -51,7 +51,7 @@ fn hydration_starts_stops_and_keeps_a_rate() {
 
     for nonsense in ["hydrate=fast", "hydrate=", "hydrate", "speed=auto", "hydrate=-1", "hydrate=99999999999999999999"]
     {
-        world.refused(["set", &device.name, nonsense]);
+        assert_eq!(world.blkferry(["set", &device.name, nonsense]).status.code(), Some(2));
     }
     world.refused(["set", "nobody", "hydrate=auto"]);
     assert_eq!(device.status()["hydrate"]["mode"], "off", "what is refused changes nothing");
