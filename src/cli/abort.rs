@@ -15,7 +15,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    Client::connect(&RunDir::open()?, &args.name)?.ask::<()>(&Request::Abort, |_| {})?;
+    Client::connect(&RunDir::find()?, &args.name)?.ask::<()>(&Request::Abort, |_| {})?;
     outln!("{}: called off; the disk is the source's", args.name);
     Ok(ExitCode::SUCCESS)
 }

@@ -29,7 +29,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
             names.push(name.clone());
         }
     }
-    let taken = activate_all(&RunDir::open()?, &names, args.wait).map_err(anyhow::Error::msg)?;
+    let taken = activate_all(&RunDir::find()?, &names, args.wait).map_err(anyhow::Error::msg)?;
     for (name, taken) in names.iter().zip(&taken) {
         let already = if taken.already { "already " } else { "" };
         outln!("{name}: {already}active, in epoch {}; the source must not be written any more", taken.epoch);

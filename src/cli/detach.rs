@@ -27,7 +27,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let run = RunDir::open()?;
+    let run = RunDir::find()?;
     let request = Request::Detach { incomplete: args.incomplete };
     let asked = Client::connect(&run, &args.name).and_then(|mut client| client.ask(&request, |_| {}));
     let detached: Detached = match asked {

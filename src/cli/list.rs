@@ -20,7 +20,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let run = RunDir::open()?;
+    let run = RunDir::find()?;
     let entries = run.entries().with_context(|| format!("cannot read {}", run.path().display()))?;
     let mut rows = Vec::new();
     for (entry, alive) in entries {

@@ -94,7 +94,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
         disks: args.disks.clone(),
         leave: args.leave.clone(),
     };
-    let (mut real, prepared) = Real::prepare(RunDir::open()?, places.clone()).map_err(anyhow::Error::msg)?;
+    let (mut real, prepared) = Real::prepare(RunDir::find()?, places.clone()).map_err(anyhow::Error::msg)?;
     judge(&prepared)?;
     let limits = Limits { memory: args.timeout, stall: args.stall_timeout, switchover: args.switchover_timeout };
     if args.dry_run {

@@ -19,5 +19,5 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args, verbose: u8) -> anyhow::Result<ExitCode> {
-    launch(args.manner, verbose, || Ok(daemon::recovery_of(&RunDir::open()?, &args.name)?))
+    launch(args.manner, verbose, || Ok(daemon::recovery_of(&RunDir::find()?, &args.name)?))
 }

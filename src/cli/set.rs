@@ -44,7 +44,7 @@ fn setting(text: &str) -> Result<Setting, String> {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let mut client = Client::connect(&RunDir::open()?, &args.name)?;
+    let mut client = Client::connect(&RunDir::find()?, &args.name)?;
     for Setting { key, value } in &args.settings {
         let request = Request::Set { key: key.clone(), value: value.clone() };
         let now: String = client.ask(&request, |_| {})?;

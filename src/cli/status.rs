@@ -23,7 +23,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let mut client = Client::connect(&RunDir::open()?, &args.name)?;
+    let mut client = Client::connect(&RunDir::find()?, &args.name)?;
     let status: Status = client.ask(&Request::Status, |_| {})?;
     if args.json {
         outln!("{}", serde_json::to_string(&status)?);

@@ -161,7 +161,7 @@ fn add_options(add: &Add) -> DaemonOptions {
 }
 
 fn recover_options(id: u32) -> anyhow::Result<DaemonOptions> {
-    let run = RunDir::open()?;
+    let run = RunDir::find()?;
     let entries = run.entries().context("the run directory cannot be read")?;
     let entry = entries.into_iter().map(|(entry, _)| entry).find(|e| e.ublk.as_ref().is_some_and(|u| u.id == id));
     let name = entry.with_context(|| format!("/dev/ublkb{id} is none of blkferry's devices"))?.name;

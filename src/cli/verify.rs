@@ -20,7 +20,7 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<ExitCode> {
-    let mut client = Client::connect(&RunDir::open()?, &args.name)?;
+    let mut client = Client::connect(&RunDir::find()?, &args.name)?;
     let bar = display::bar(1).with_prefix("verify");
     let report: VerifyReport = client.ask(&Request::Verify, |value| {
         if let Ok(progress) = serde_json::from_value::<VerifyProgress>(value) {

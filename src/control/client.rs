@@ -2,7 +2,7 @@
 
 use std::io::{self, BufRead, BufReader, Write};
 use std::os::unix::net::UnixStream;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -20,6 +20,14 @@ pub enum ControlError {
     /// No such device.
     #[error("no device named {0} is running; see `blkferry list`")]
     NotRunning(String),
+    /// Somebody else's.
+    #[error("{path}: permission denied: the daemon of {name} answers the user that runs it, and root")]
+    Forbidden {
+        /// Name of the device.
+        name: String,
+        /// The control socket.
+        path: PathBuf,
+    },
     /// The connection broke.
     #[error("the daemon of {0} does not answer: {1}")]
     Broken(String, #[source] io::Error),
@@ -42,7 +50,10 @@ impl Client {
     }
 
     fn connect_to(path: &Path, name: &str) -> Result<Self, ControlError> {
-        let (stream, pid) = connect_to_living(path).map_err(|_| ControlError::NotRunning(name.into()))?;
+        let (stream, pid) = connect_to_living(path).map_err(|e| match e.kind() {
+            io::ErrorKind::PermissionDenied => ControlError::Forbidden { name: name.into(), path: path.into() },
+            _ => ControlError::NotRunning(name.into()),
+        })?;
         Ok(Self { name: name.into(), pid, reader: BufReader::new(stream) })
     }
 

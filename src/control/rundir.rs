@@ -20,10 +20,23 @@ const CLAIM_PATIENCE: Duration = Duration::from_secs(1);
 
 /// Why there is no run directory.
 #[derive(Debug, thiserror::Error)]
-#[error("run directory {path}: {source}; set BLKFERRY_RUN_DIR to a directory that you may write to")]
-pub struct RunDirError {
-    path: PathBuf,
-    source: io::Error,
+pub enum RunDirError {
+    /// None can be had.
+    #[error("run directory {path}: {source}; set BLKFERRY_RUN_DIR to a directory that you may write to")]
+    Unusable {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// The one that was named is not there.
+    #[error("run directory {path}: {source}; BLKFERRY_RUN_DIR has to name the directory that the daemons use")]
+    NotThere {
+        /// The directory.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
 }
 
 /// Why a name cannot be had.
@@ -38,10 +51,15 @@ pub enum NameError {
     )]
     InUse(String),
     /// The system refused.
-    #[error("cannot claim the name {name}: {source}")]
+    #[error(
+        "cannot claim the name {name}: {path}: {source}; this user has to be able to write there, or set \
+         BLKFERRY_RUN_DIR to another directory"
+    )]
     Io {
         /// The name.
         name: String,
+        /// The file that stands for it.
+        path: PathBuf,
         /// What the system said.
         source: io::Error,
     },
@@ -111,7 +129,7 @@ pub struct Claim {
 }
 
 impl RunDir {
-    /// Finds the directory, and makes it if need be.
+    /// Finds the directory, and makes it if need be: for a daemon.
     pub fn open() -> Result<Self, RunDirError> {
         // One that was named is as its owner wants it.
         let made = match std::env::var_os("BLKFERRY_RUN_DIR") {
@@ -119,6 +137,24 @@ impl RunDir {
             None => make_dir(Self::default_path()).and_then(check_own),
         };
         made.map(|path| Self { path })
+    }
+
+    /// Finds the directory for somebody who only asks: it is not made. One that was named has to be there.
+    pub fn find() -> Result<Self, RunDirError> {
+        let path = match std::env::var_os("BLKFERRY_RUN_DIR").map(PathBuf::from) {
+            Some(path) => match fs::read_dir(&path) {
+                // Whoever may not list it may still know what is in it.
+                Err(source) if source.kind() != io::ErrorKind::PermissionDenied => {
+                    return Err(RunDirError::NotThere { path, source });
+                }
+                _ => path,
+            },
+            None => match Self::default_path() {
+                path if fs::symlink_metadata(&path).is_ok() => check_own(path)?,
+                path => path,
+            },
+        };
+        Ok(Self { path })
     }
 
     /// A directory that is there.
@@ -172,7 +208,7 @@ impl RunDir {
     pub fn claim(&self, name: &str) -> Result<Claim, NameError> {
         check_name(name)?;
         let path = self.entry_file(name);
-        let io = |source| NameError::Io { name: name.into(), source };
+        let io = |source| NameError::Io { name: name.into(), path: path.clone(), source };
         let open = || OpenOptions::new().read(true).write(true).create(true).truncate(false).mode(0o600).open(&path);
         let mut file = open().map_err(io)?;
         let started = Instant::now();
@@ -203,7 +239,12 @@ impl RunDir {
     /// All devices that have an entry, each with "is its daemon alive?", by name.
     pub fn entries(&self) -> io::Result<Vec<(Entry, bool)>> {
         let mut entries = Vec::new();
-        for file in fs::read_dir(&self.path)? {
+        let files = match fs::read_dir(&self.path) {
+            // Nobody has made it yet.
+            Err(e) if e.kind() == io::ErrorKind::NotFound => return Ok(entries),
+            files => files?,
+        };
+        for file in files {
             let path = file?.path();
             if path.extension().is_none_or(|e| e != "json") {
                 continue;
@@ -265,7 +306,7 @@ impl Claim {
 fn make_dir(path: PathBuf) -> Result<PathBuf, RunDirError> {
     match fs::DirBuilder::new().recursive(true).mode(0o700).create(&path) {
         Ok(()) => Ok(path),
-        Err(source) => Err(RunDirError { path, source }),
+        Err(source) => Err(RunDirError::Unusable { path, source }),
     }
 }
 
@@ -282,7 +323,7 @@ fn check_own(path: PathBuf) -> Result<PathBuf, RunDirError> {
     });
     match found {
         Ok(()) => Ok(path),
-        Err(source) => Err(RunDirError { path, source }),
+        Err(source) => Err(RunDirError::Unusable { path, source }),
     }
 }
 

@@ -68,7 +68,9 @@ pub fn ask_all<T: DeserializeOwned>(
         },
         Ok(Err(ControlError::Refused(why))) if why.contains(name.as_str()) => Asked::Refused(why),
         Ok(Err(ControlError::Refused(why))) => Asked::Refused(format!("{name}: {why}")),
-        Ok(Err(error @ ControlError::NotRunning(_))) => Asked::NobodyThere(error.to_string()),
+        Ok(Err(error @ (ControlError::NotRunning(_) | ControlError::Forbidden { .. }))) => {
+            Asked::NobodyThere(error.to_string())
+        }
         Ok(Err(error @ ControlError::Broken(..))) => Asked::Unknown(error.to_string()),
         Err(_) => Asked::Unknown(format!("the daemon of {name} did not answer within {} s", patience.as_secs())),
     })

@@ -1,14 +1,18 @@
 //! Names and sockets that cannot be had, devices that are not there, settings that mean nothing.
 
-use std::fs::File;
+use std::fs::{File, Permissions};
 use std::io::{Read, Write};
+use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::{UnixListener, UnixStream};
+use std::os::unix::process::CommandExt;
 use std::path::Path;
+use std::process::Command;
 
+use nix::unistd::geteuid;
 use serde_json::Value;
 
 use crate::client::Client;
-use crate::common::{Export, World, make_image};
+use crate::common::{BLKFERRY, Export, World, make_image};
 use crate::trace::{Tree, assert_says, misused, one_line, refused};
 
 fn with_source() -> (World, Export) {
@@ -92,6 +96,46 @@ fn a_run_directory_that_cannot_be_used() {
     std::fs::write(world.path("file"), "").unwrap();
     assert_says(&attach(&world.path("file/run")), &["run directory", "file/run", "BLKFERRY_RUN_DIR"]);
     assert_says(&attach(Path::new("/proc/run")), &["run directory", "/proc/run", "BLKFERRY_RUN_DIR"]);
+}
+
+/// Who only asks makes none.
+#[test]
+fn a_run_directory_that_is_not_there() {
+    let world = World::new();
+    let missing = world.path("no/run");
+    let asks = [&["list"][..], &["status", "disk"], &["set", "disk", "hydrate=off"], &["detach", "disk", "--force"]];
+    for args in asks {
+        let out = world.command(args).env("BLKFERRY_RUN_DIR", &missing).output().unwrap();
+        assert_says(&one_line(&out), &["run directory", "no/run", "No such file", "BLKFERRY_RUN_DIR"]);
+        assert!(!world.path("no").exists());
+    }
+}
+
+#[test]
+fn a_run_directory_of_another_user() {
+    // Whoever is not root has nobody else to be.
+    if !geteuid().is_root() {
+        return;
+    }
+    let (world, export) = with_source();
+    let device = world.attach(&export.uri, &world.path("cache"), "disk", &["--hydrate", "off"]);
+    let program = world.path("blkferry");
+    std::fs::copy(BLKFERRY, &program).unwrap();
+    std::fs::set_permissions(world.path(""), Permissions::from_mode(0o711)).unwrap();
+    std::fs::set_permissions(world.run_dir(), Permissions::from_mode(0o700)).unwrap();
+    let as_nobody = |args: &[&str]| {
+        let mut command = Command::new(&program);
+        command.args(args).env("BLKFERRY_RUN_DIR", world.run_dir()).env("BLKFERRY_FRONTEND", "nbd").uid(65534);
+        one_line(&command.output().unwrap())
+    };
+    let run_dir = world.run_dir();
+    let run_dir = run_dir.to_str().unwrap();
+    assert_says(&as_nobody(&["status", "disk"]), &["permission denied", run_dir, "the user that runs it"]);
+    assert_says(&as_nobody(&["list"]), &["Permission denied", run_dir]);
+    let cache = world.path("new-cache");
+    let args = ["attach", &export.uri, cache.to_str().unwrap(), "--name", "other"];
+    assert_says(&as_nobody(&args), &["cannot claim the name other", run_dir, "BLKFERRY_RUN_DIR"]);
+    device.detach_incomplete();
 }
 
 #[test]
