@@ -1,5 +1,6 @@
 //! The image: a raw file or a block device.
 
+use std::fmt;
 use std::fs::{File, OpenOptions};
 use std::io;
 use std::os::fd::AsFd;
@@ -58,11 +59,30 @@ pub enum ImageError {
     )]
     Qcow2(PathBuf),
     /// A virtual machine has it.
-    #[error(
-        "image {0} is open for writing by another process (QEMU holds its lock): what is fetched would be a mix of \
-         old and new. Stop the machine first, or serve it with --handoff to let it change hosts"
-    )]
-    InUse(PathBuf),
+    #[error("{0}")]
+    InUse(InUse),
+}
+
+/// An image that is open for writing elsewhere.
+#[derive(Debug)]
+pub struct InUse {
+    path: PathBuf,
+    /// Served already, and asked for by a destination.
+    served: bool,
+}
+
+impl fmt::Display for InUse {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let is = "is open for writing by another process (QEMU holds its lock)";
+        write!(f, "image {} {is}", self.path.display())?;
+        if self.served {
+            return f.write_str(": stop the machine there first");
+        }
+        f.write_str(
+            ": what is fetched would be a mix of old and new. Stop the machine first, or serve it with --handoff to let \
+             it change hosts",
+        )
+    }
 }
 
 /// An open image. Clones are the same opening, with the same locks.
@@ -85,7 +105,7 @@ impl Image {
             return Err(ImageError::WrongKind(path.into()));
         }
         if !in_use {
-            keep_writers_out(&file, path)?;
+            keep_writers_out(&file, path, false)?;
         }
         let size_bytes = lseek(file.as_fd(), 0, Whence::SeekEnd).map_err(|e| io("find the size")(e.into()))? as u64;
         match size_bytes {
@@ -102,7 +122,7 @@ impl Image {
     /// Sees to it that nobody who honours QEMU's locks writes to it. Fails with [`ImageError::InUse`] if somebody has it
     /// open for writing; then nothing has changed.
     pub fn keep_writers_out(&self) -> Result<(), ImageError> {
-        keep_writers_out(&self.file, &self.path).inspect_err(|_| {
+        keep_writers_out(&self.file, &self.path, true).inspect_err(|_| {
             // Nothing that was not locked is unlocked by this.
             let _ = self.let_writers_in();
         })
@@ -177,18 +197,19 @@ fn lock_on(kind: i32, byte: i64) -> libc::flock {
     }
 }
 
-fn keep_writers_out(file: &File, path: &Path) -> Result<(), ImageError> {
+fn keep_writers_out(file: &File, path: &Path, served: bool) -> Result<(), ImageError> {
     let io = |e: nix::Error| ImageError::Io { path: path.into(), action: "lock", source: e.into() };
+    let in_use = || ImageError::InUse(InUse { path: path.into(), served });
     for byte in [LOCK_READS, LOCK_NOBODY_WRITES] {
         fcntl(file.as_fd(), FcntlArg::F_OFD_SETLK(&lock_on(libc::F_RDLCK, byte))).map_err(|e| match e {
-            nix::Error::EAGAIN | nix::Error::EACCES => ImageError::InUse(path.into()),
+            nix::Error::EAGAIN | nix::Error::EACCES => in_use(),
             other => io(other),
         })?;
     }
     let mut writers = lock_on(libc::F_WRLCK, LOCK_WRITES);
     fcntl(file.as_fd(), FcntlArg::F_OFD_GETLK(&mut writers)).map_err(io)?;
     if writers.l_type != libc::F_UNLCK as libc::c_short {
-        return Err(ImageError::InUse(path.into()));
+        return Err(in_use());
     }
     Ok(())
 }

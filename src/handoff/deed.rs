@@ -66,7 +66,10 @@ impl Deed {
             None => self.no(format!("the disk is in epoch {}, so that {epoch} cannot begin", self.epoch)),
             // It asks again: our answer, or its memory of it, was lost.
             Some(holder) if holder == to && epoch == self.epoch => Move::Give(self.clone()),
-            Some(holder) => self.no(format!("the disk was given to {holder} in epoch {}", self.epoch)),
+            Some(holder) => self.no(format!(
+                "it was given to {holder} in epoch {}, and is there; attach it from the host that has it",
+                self.epoch
+            )),
         }
     }
 

@@ -71,7 +71,9 @@ fn a_disk_changes_hands_while_its_machine_runs() {
 
     // The machine still has it.
     let refused = activate(&device).unwrap_err();
-    assert!(refused.contains("open for writing"), "{refused}");
+    assert!(refused.contains("open for writing") && !refused.contains("--handoff"), "{refused}");
+    let said = rig.world.ok(["status", "b"]);
+    assert!(said.contains("in standby: the disk is still the source's"), "{said}");
     assert_eq!(device.status()["state"], "standby");
     user.leave();
 
@@ -135,7 +137,7 @@ fn killed_daemons_on_either_side_find_out_how_things_stand() {
     assert!(is_fenced(&rig), "it was given away");
     let export = rig.hand_out();
     let refused = rig.refused(&export.uri, "c", &[]);
-    assert!(refused.contains("was given to"), "{refused}");
+    assert!(refused.contains("was given to") && refused.contains("the host that has it"), "{refused}");
     assert!(!rig.world.path("c.raw").exists(), "nothing is left of what was refused");
 
     // It comes back in standby, and asks again.

@@ -70,7 +70,9 @@ impl Hands {
                 }
                 Step::AskAgain(_) => return Err(format!("{}: the source's epoch does not stand still", self.name)),
                 Step::Refused { later: true, .. } if !left.is_zero() => std::thread::sleep(RETRY_PAUSE),
-                Step::Refused { why, .. } => return Err(format!("{}: the source keeps its disk: {why}", self.name)),
+                Step::Refused { why, .. } => {
+                    return Err(format!("{}: the source does not give the disk: {why}", self.name));
+                }
             }
         }
     }
