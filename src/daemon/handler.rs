@@ -6,6 +6,7 @@ use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
 use crossbeam::channel::Sender;
+use indicatif::HumanBytes;
 
 use super::export_side::ExportSide;
 use super::hands::Hands;
@@ -139,25 +140,29 @@ impl DaemonHandler {
     }
 
     pub(super) fn why_not_detached(&self) -> String {
+        let name = &self.device.name;
         if self.core.gate.phase() == Phase::Away {
-            let name = &self.device.name;
             return format!(
                 "{name} was given to the next host, which has not said yet that it has everything: it fetches from here. \
                  Wait, or end it with --incomplete if that host does not need it any more"
             );
         }
         if let Some(reason) = self.core.health.failed() {
-            let name = &self.device.name;
             return format!(
                 "{name} has failed and is not complete: {reason}. End it with `blkferry detach {name} --incomplete`"
             );
         }
+        if self.core.gate.phase() == Phase::Standby {
+            return format!(
+                "{name} is in standby: nothing is fetched, and the disk is still the source's. Take it over (`blkferry \
+                 activate {name}`), call it off (`blkferry abort {name}`), or end it with --incomplete and attach it \
+                 again later"
+            );
+        }
         format!(
-            "{} is not complete: {} bytes are still at the source only. Wait for hydration (`blkferry status {} --watch`), \
-             or detach with --incomplete and attach the same cache again later",
-            self.device.name,
-            absent_bytes(&self.core),
-            self.device.name
+            "{name} is not complete: {} are still at the source only. Wait for hydration (`blkferry status {name} \
+             --watch`), or detach with --incomplete and attach the same cache again later",
+            HumanBytes(absent_bytes(&self.core)),
         )
     }
 

@@ -72,6 +72,8 @@ fn a_disk_changes_hands_while_its_machine_runs() {
     // The machine still has it.
     let refused = activate(&device).unwrap_err();
     assert!(refused.contains("open for writing") && !refused.contains("--handoff"), "{refused}");
+    let refused = rig.world.refused(["detach", "b"]);
+    assert!(refused.contains("in standby") && refused.contains("activate b"), "{refused}");
     let said = rig.world.ok(["status", "b"]);
     assert!(said.contains("in standby: the disk is still the source's"), "{said}");
     assert_eq!(device.status()["state"], "standby");
