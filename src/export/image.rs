@@ -28,7 +28,7 @@ const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 #[derive(Debug, thiserror::Error)]
 pub enum ImageError {
     /// The system refused.
-    #[error("image {path}: {action}: {source}")]
+    #[error("image {path}: {action}: {source}{}", what_to_do(.source))]
     Io {
         /// The image.
         path: PathBuf,
@@ -82,6 +82,14 @@ impl fmt::Display for InUse {
             ": what is fetched would be a mix of old and new. Stop the machine first, or serve it with --handoff to let \
              it change hosts",
         )
+    }
+}
+
+fn what_to_do(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => "; is that the right path?",
+        io::ErrorKind::PermissionDenied => "; this user has to be able to read it",
+        _ => "",
     }
 }
 

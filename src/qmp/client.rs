@@ -23,7 +23,7 @@ const MAX_EVENTS: usize = 4096;
 #[derive(Debug, thiserror::Error)]
 pub enum QmpError {
     /// No connection.
-    #[error("{who} cannot be reached: {source}")]
+    #[error("{who} cannot be reached: {source}; does it run, with -qmp there?")]
     Unreachable {
         /// Which QEMU.
         who: String,

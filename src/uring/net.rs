@@ -312,8 +312,18 @@ pub enum BindError {
     #[error("{0} exists and is not a socket; choose another path or remove it")]
     NotASocket(PathBuf),
     /// The system refused.
-    #[error("cannot listen on {0}: {1}")]
+    #[error("cannot listen on {0}: {1}{hint}", hint = what_to_do(.1))]
     Refused(String, #[source] io::Error),
+}
+
+fn what_to_do(error: &io::Error) -> &'static str {
+    match error.kind() {
+        io::ErrorKind::NotFound => "; the directory has to be there",
+        io::ErrorKind::PermissionDenied => "; this user may not: choose another place, or be root",
+        io::ErrorKind::AddrInUse => "; choose another port, or stop who listens there",
+        io::ErrorKind::AddrNotAvailable => "; it has to be an address of this host",
+        _ => "",
+    }
 }
 
 impl Listener {

@@ -21,7 +21,7 @@ fn export_refused(world: &World, image: &str, words: &[&str]) {
 #[test]
 fn an_image_that_is_no_disk() {
     let world = World::new();
-    export_refused(&world, "nowhere", &["No such file"]);
+    export_refused(&world, "nowhere", &["No such file", "right path"]);
     std::fs::create_dir(world.path("directory")).unwrap();
     export_refused(&world, "directory", &["neither a regular file nor a block device"]);
     std::fs::write(world.path("empty"), []).unwrap();
@@ -41,7 +41,7 @@ fn an_image_that_is_another_format() {
     let words = ["qcow2", "qemu-nbd", "qemu-img convert -O raw", "--raw"];
     // The size of a qcow2 image is a multiple of nothing.
     for len in [700, 1024] {
-        std::fs::write(&image, [&b"QFI\xfb\x00\x00\x00\x03"[..], &[0; 1024]].concat()[..len].to_vec()).unwrap();
+        std::fs::write(&image, &[&b"QFI\xfb\x00\x00\x00\x03"[..], &[0; 1024]].concat()[..len]).unwrap();
         export_refused(&world, "image.qcow2", &words);
     }
     let export = world.export_with(&image, &format!("unix:{}", world.path("raw").display()), &["--raw"]);
@@ -91,7 +91,7 @@ fn an_address_that_cannot_be_had() {
     };
     let tcp = TcpListener::bind("127.0.0.1:0").unwrap();
     let taken = tcp.local_addr().unwrap().to_string();
-    listen_refused(&taken, &[&taken, "in use"]);
+    listen_refused(&taken, &[&taken, "in use", "another port"]);
     listen_refused("192.0.2.1:10809", &["192.0.2.1:10809", "assign"]);
     let _unix = UnixListener::bind(world.path("taken")).unwrap();
     listen_refused(&format!("unix:{}", world.path("taken").display()), &["taken", "another path"]);

@@ -71,7 +71,7 @@ fn a_socket_that_cannot_be_had() {
     socket_refused(&world.path("taken"), &["taken", "another path"]);
     std::fs::write(world.path("file"), "precious").unwrap();
     socket_refused(&world.path("file"), &["not a socket"]);
-    socket_refused(&world.path("no/where"), &["No such file"]);
+    socket_refused(&world.path("no/where"), &["No such file", "directory has to be there"]);
     // One that a dead process left is nobody's.
     drop(UnixListener::bind(world.path("left")).unwrap());
     let left = world.path("left");

@@ -134,7 +134,7 @@ fn what_does_not_fit_is_said_before_anything_has_happened() {
     let line = world.refused(["migrate", "--from", at_a, "--to", at_a, "--disk", "disk0=web"]);
     assert!(line.contains("cannot move to itself"), "{line}");
     let line = world.refused(["migrate", "--from", "/nobody/a", "--to", "/nobody/b", "--disk", "disk0=web"]);
-    assert!(line.contains("cannot be reached"), "{line}");
+    assert!(line.contains("cannot be reached") && line.contains("does it run"), "{line}");
     let line = world.refused(["migrate", "--from", at_a, "--to", at_b, "--disk", "disk0=web"]);
     assert!(line.contains("--uri is missing"), "{line}");
 }
