@@ -34,9 +34,10 @@ enum Activate {
 
 /// Attach a disk whose blocks are still elsewhere
 ///
-/// SOURCE is an NBD URI: nbd://HOST[:PORT]/EXPORT or nbd+unix:///EXPORT?socket=PATH; a blkferry export, or any
-/// other NBD server. CACHE is the file (made sparse if it is not there) or block device that becomes the disk;
-/// its metadata is kept beside it in CACHE.ferry. Attach an existing cache again, and it goes on where it was.
+/// SOURCE is an NBD URI: nbd://HOST[:PORT]/EXPORT or 'nbd+unix:///EXPORT?socket=PATH' (some shells want the quotes); a
+/// blkferry export, or any other NBD server. CACHE is the file (made sparse if it is not there) or block device that
+/// becomes the disk; its metadata is kept beside it in CACHE.ferry. Attach an existing cache again, and it goes on where
+/// it was.
 ///
 /// Returns as soon as the device can be used, and prints where: the path of a block device, or the URI under
 /// which QEMU, fio and other NBD clients find it. The daemon goes on in the background.
@@ -46,7 +47,7 @@ pub(super) struct Args {
     source: Uri,
     /// What becomes the disk
     cache: PathBuf,
-    /// Name of the device [default: the cache's file name without its extension]
+    /// Name of the device [default: the cache's file name without its extension, with - for what cannot be in a name]
     #[arg(long, value_parser = check_name)]
     name: Option<String>,
     /// How the guest reaches the device

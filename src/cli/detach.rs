@@ -18,7 +18,8 @@ pub(super) struct Args {
     /// Also if blocks are still at the source only
     #[arg(long)]
     incomplete: bool,
-    /// Forget a device whose daemon was killed. Its cache stays as it is. With --json: {"forgotten": NAME}
+    /// Forget a device whose daemon was killed. Its cache stays as it is. With --json: {"forgotten": NAME}. A device
+    /// whose daemon lives is detached as without --force
     #[arg(long)]
     force: bool,
     /// Print JSON

@@ -30,7 +30,7 @@ use crate::size::{ParseDurationError, parse_duration};
 #[command(after_help = "Example, on host B; the source's QMP socket comes through ssh:\n  \
     ssh -fNL /run/a.qmp:/run/qemu/web.qmp hostA\n  \
     blkferry attach --standby nbd://hostA/ disk.raw --name web --frontend nbd\n  \
-    qemu-system-x86_64 … -drive id=disk0,file=nbd+unix:///?socket=/run/blkferry/web.nbd,format=raw… \\\n      \
+    qemu-system-x86_64 … -drive 'id=disk0,file=nbd+unix:///?socket=/run/blkferry/web.nbd,format=raw…' \\\n      \
     -qmp unix:/run/b.qmp,server=on,wait=off -incoming defer -S\n  \
     blkferry migrate --from /run/a.qmp --to /run/b.qmp --uri tcp:hostB:4444 --disk disk0=web")]
 pub(super) struct Args {

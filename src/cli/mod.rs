@@ -40,7 +40,7 @@ use clap::{Parser, Subcommand};
 #[command(name = "blkferry", version, max_term_width = 100)]
 #[command(after_help = "Example:\n  host A:  blkferry export disk.raw --listen 0.0.0.0:10809\n  \
     host B:  blkferry attach nbd://hostA/ disk.raw --name web --frontend nbd\n           \
-    qemu-system-x86_64 … -drive file=nbd+unix:///?socket=/run/blkferry/web.nbd,format=raw\n           \
+    qemu-system-x86_64 … -drive 'file=nbd+unix:///?socket=/run/blkferry/web.nbd,format=raw'\n           \
     blkferry status web --watch\n           blkferry detach web")]
 struct Cli {
     #[command(subcommand)]

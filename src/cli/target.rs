@@ -48,7 +48,8 @@ struct Add {
     /// Where absent blocks come from: an NBD URI
     #[arg(long, value_name = "URI")]
     source: Uri,
-    /// Name for `blkferry status` and others [default: the cache's file name without its extension]
+    /// Name for `blkferry status` and others [default: the cache's file name without its extension, with - for what
+    /// cannot be in a name]
     #[arg(long, value_parser = check_name)]
     name: Option<String>,
     /// Fetch in the background: auto, off, or at most RATE bytes a second
