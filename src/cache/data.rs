@@ -50,6 +50,9 @@ pub enum CacheError {
         /// What it must hold.
         needed: u64,
     },
+    /// Nowhere to make it.
+    #[error("cache {0}: the directory that it is to be made in is not there; make that first, or name another file")]
+    NoDirectory(PathBuf),
     /// Metadata without contents.
     #[error(
         "cache {path} is not there, but its metadata {metadata} is: put it back where it was, or, if what was in it is \
@@ -98,7 +101,13 @@ impl DataFile {
         let io = |action| move |source| CacheError::Io { path: path.into(), action, source };
         let found = match fs::metadata(path) {
             Ok(meta) => Some(meta),
-            Err(e) if e.kind() == io::ErrorKind::NotFound && fresh => None,
+            Err(e) if e.kind() == io::ErrorKind::NotFound && fresh => {
+                let dir = path.parent().filter(|dir| !dir.as_os_str().is_empty());
+                if dir.is_some_and(|dir| !dir.exists()) {
+                    return Err(CacheError::NoDirectory(path.into()));
+                }
+                None
+            }
             Err(e) if e.kind() == io::ErrorKind::NotFound => {
                 return Err(CacheError::Gone { path: path.into(), metadata: metadata.into() });
             }

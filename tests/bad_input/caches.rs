@@ -27,7 +27,7 @@ fn attach_refused(world: &World, export: &Export, cache: &Path, words: &[&str]) 
 #[test]
 fn a_place_where_no_cache_can_be() {
     let (world, export) = with_source();
-    attach_refused(&world, &export, &world.path("no/where"), &["No such file"]);
+    attach_refused(&world, &export, &world.path("no/where"), &["the directory that it is to be made in is not there"]);
     std::fs::create_dir(world.path("directory")).unwrap();
     attach_refused(&world, &export, &world.path("directory"), &["neither a regular file nor a block device"]);
     attach_refused(&world, &export, Path::new("/dev/null"), &["neither a regular file nor a block device"]);
