@@ -11,6 +11,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
+use blkferry::cache::peek;
+use blkferry::control::RunDir;
 use serde_json::Value;
 use tempfile::TempDir;
 
@@ -101,6 +103,20 @@ impl World {
     }
 }
 
+impl World {
+    /// They lie in /dev/shm if the run directory is not on tmpfs, and outlive caches that were not detached.
+    fn remove_live_maps(&self) {
+        let Ok(live) = RunDir::at(self.run_dir()).live_dir() else { return };
+        for entry in std::fs::read_dir(self.path("")).into_iter().flatten().flatten() {
+            if entry.file_type().is_ok_and(|kind| kind.is_file())
+                && let Ok(Some(superblock)) = peek(&entry.path())
+            {
+                let _ = std::fs::remove_file(live.join(format!("{}.live", superblock.uuid)));
+            }
+        }
+    }
+}
+
 impl Drop for World {
     fn drop(&mut self) {
         let Ok(out) = self.command(["list", "--json"]).output() else { return };
@@ -110,6 +126,7 @@ impl Drop for World {
                 kill(pid as i32, nix::sys::signal::Signal::SIGKILL);
             }
         }
+        self.remove_live_maps();
     }
 }
 
