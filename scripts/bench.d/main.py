@@ -58,6 +58,12 @@ def machine():
     }
 
 
+def ticks():
+    """The processors' time so far: what the host gave to others while there was work here, and all of it."""
+    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
+    return fields[7], sum(fields)
+
+
 def peers():
     """Versions of what is compared with."""
     def first(*command):
@@ -116,12 +122,17 @@ def main():
         if before["commit"] == result["commit"] and not result["commit"].endswith("-dirty"):
             result["components"] = before["components"]
     for name in args.components:
-        tables = []
+        tables, (stolen, before) = [], ticks()
         for title, rows in COMPONENTS[name].tables(bench):
             print(f"\n{name}: {title}\n", flush=True)
             if rows:
                 print_table(rows)
                 tables.append({"measured": title, "rounds": bench.rounds, "rows": rows})
+        now = ticks()
+        share = (now[0] - stolen) / max(now[1] - before, 1)
+        for table in tables:
+            table["stolen"] = round(share, 3)
+        print(f"\nof the processors' time, {share:.0%} went to other machines of this host")
         result["components"][name] = tables
         out.write_text(json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"\nwritten to {out.relative_to(bench.repo)}")
