@@ -6,6 +6,7 @@ import math
 import os
 import re
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -156,13 +157,18 @@ class Ferried:
 
     def complete_after_s(self):
         """Waits until the source is no longer needed; seconds since attach began."""
-        while True:
-            status = self.status()
-            now = time.monotonic()
-            if not status["source_needed"]:
-                return now - self.started
-            # Few looks while there is far to go: each is a program that wants a CPU.
-            time.sleep(min(0.1, max(0.01, (status["hydrate"]["eta_s"] or 0.04) / 8)))
+        # One connection, as `status --watch` has it: a program for each look would want a CPU that others are measured on.
+        with socket.socket(socket.AF_UNIX) as control:
+            control.connect(os.path.join(os.environ["BLKFERRY_RUN_DIR"], f"{self.name}.ctl"))
+            lines = control.makefile("rw")
+            while True:
+                lines.write('{"do":"status"}\n')
+                lines.flush()
+                status = json.loads(lines.readline())["ok"]
+                now = time.monotonic()
+                if not status["source_needed"]:
+                    return now - self.started
+                time.sleep(min(0.1, max(0.01, (status["hydrate"]["eta_s"] or 0.04) / 8)))
 
 
 @contextlib.contextmanager
@@ -180,15 +186,15 @@ def ferried(bench, source, hydrate="auto"):
 @contextlib.contextmanager
 def nbdkit(bench, *args, tcp=False):
     """An nbdkit server: its URI (or address, for TCP) and its process."""
-    socket, pid_file = bench.path("nbdkit.sock"), bench.path("nbdkit.pid")
-    where = ("-i", "127.0.0.1", "-p", "0") if tcp else ("-U", socket)
+    path, pid_file = bench.path("nbdkit.sock"), bench.path("nbdkit.pid")
+    where = ("-i", "127.0.0.1", "-p", "0") if tcp else ("-U", path)
     with child("nbdkit", "-f", "-P", pid_file, *where, *args, stderr=subprocess.DEVNULL) as process:
         wait_for("nbdkit to listen", lambda: pid_file.exists() and pid_file.read_text().endswith("\n"))
-        yield f"127.0.0.1:{listening_port(process.pid)}" if tcp else unix_uri(socket), process
+        yield f"127.0.0.1:{listening_port(process.pid)}" if tcp else unix_uri(path), process
 
 
-def unix_uri(socket, name=""):
-    return f"nbd+unix:///{name}?socket={socket}"
+def unix_uri(path, name=""):
+    return f"nbd+unix:///{name}?socket={path}"
 
 
 def listening_port(pid):
