@@ -161,6 +161,11 @@ impl ClientHandshake {
         self.found.ferry_identity.is_some()
     }
 
+    /// Can it be one, as far as it has spoken?
+    pub fn may_be_ferry(&self) -> bool {
+        self.is_ferry() || matches!(self.asked, OptionKind::Abort | OptionKind::Ferry)
+    }
+
     /// The error to report when the server closes the connection now.
     pub fn closed_by_server(&self) -> ProtocolError {
         let during = match self.state {

@@ -105,7 +105,9 @@ pub(super) async fn dial_first(
         let started = RefCell::new(Spares::new());
         let look = |handshake: Option<&ClientHandshake>| {
             let is_far = matches!(uri.address, Address::Tcp { .. }) && now().duration_since(before) >= FAR;
-            if is_far && started.borrow().is_empty() {
+            // Who takes long and is no export may only be slow to open its disk.
+            let may_be_ferry = handshake.is_none_or(ClientHandshake::may_be_ferry);
+            if is_far && may_be_ferry && started.borrow().is_empty() {
                 let spare = |_| spawn(spare(uri.clone(), stats.clone(), found.clone()));
                 started.borrow_mut().extend((0..spares).map(spare));
             }

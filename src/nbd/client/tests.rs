@@ -87,7 +87,9 @@ fn lives_without_everything_but_the_export() {
     ] {
         let (mut client, first) = client("x", ALL);
         assert_eq!(first, Ferry);
+        assert!(client.may_be_ferry());
         assert_eq!(next(&mut client, Ferry, refusal, b"no"), StructuredReply);
+        assert!(!client.may_be_ferry());
         assert_eq!(next(&mut client, StructuredReply, refusal, b"no"), Go, "no contexts then");
         tell_export(&mut client, 512, TransmissionFlags::SEND_DF);
         let session = acked(&mut client).unwrap();
