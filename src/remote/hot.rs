@@ -21,8 +21,8 @@ const HOT_PATIENCE: Duration = Duration::from_secs(60);
 const ASKED_BYTES: u64 = 2 << 30;
 /// Questions under way.
 const QUESTIONS: usize = 16;
-/// Ranges that are handed over at a time, at most.
-const PORTION: usize = 4096;
+/// Ranges that are handed over at a time, at most: while they are taken in, nobody's read is answered.
+const PORTION: usize = 256;
 
 impl Source {
     /// Asks for the stretches of the disk that the source has in memory, and hands them over as they are told. Ends
