@@ -59,12 +59,12 @@ pub(super) struct Args {
     /// User to whom the NBD socket is given, such as QEMU's under libvirt: a name, or a number
     #[arg(long, value_name = "USER", value_parser = user)]
     socket_owner: Option<u32>,
-    /// Hardware queues of the block device: at most one a CPU
-    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES as i64))]
-    queues: u16,
-    /// Requests that each queue takes at a time
-    #[arg(long, value_name = "N", default_value_t = 128, value_parser = clap::value_parser!(u16).range(1..=MAX_DEPTH as i64))]
-    depth: u16,
+    /// Hardware queues of the block device: at most one a CPU [default: 1]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_QUEUES as i64))]
+    queues: Option<u16>,
+    /// Requests that each queue takes at a time [default: 128]
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=MAX_DEPTH as i64))]
+    depth: Option<u16>,
     /// The N of /dev/ublkbN [default: the first that is free]
     #[arg(long, value_name = "N", value_parser = clap::value_parser!(u32).range(..1 << 20))]
     ublk_id: Option<u32>,
@@ -139,6 +139,13 @@ pub(super) fn run(args: &Args, verbose: u8) -> anyhow::Result<ExitCode> {
     if args.frontend == Frontend::Ublk && (args.socket.is_some() || args.socket_owner.is_some()) {
         anyhow::bail!("--socket and --socket-owner are for NBD: leave them out, or use --frontend nbd");
     }
+    let shapes = [args.queues.is_some(), args.depth.is_some(), args.ublk_id.is_some(), args.logical_block_size.is_some()];
+    if args.frontend == Frontend::Nbd && shapes.contains(&true) {
+        anyhow::bail!(
+            "--queues, --depth, --ublk-id and --logical-block-size are for block devices: leave them out, or use \
+             --frontend ublk"
+        );
+    }
     launch(args.manner, verbose, || {
         let options = options(args);
         let run_dir = RunDir::open()?;
@@ -157,8 +164,8 @@ fn options(args: &Args) -> DaemonOptions {
     };
     let ublk = UblkOptions {
         id: args.ublk_id,
-        queues: args.queues,
-        depth: args.depth,
+        queues: args.queues.unwrap_or(1),
+        depth: args.depth.unwrap_or(128),
         logical_bytes: args.logical_block_size,
         ublksrv: false,
         recover: None,
