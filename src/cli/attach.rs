@@ -139,7 +139,8 @@ pub(super) fn run(args: &Args, verbose: u8) -> anyhow::Result<ExitCode> {
     if args.frontend == Frontend::Ublk && (args.socket.is_some() || args.socket_owner.is_some()) {
         anyhow::bail!("--socket and --socket-owner are for NBD: leave them out, or use --frontend nbd");
     }
-    let shapes = [args.queues.is_some(), args.depth.is_some(), args.ublk_id.is_some(), args.logical_block_size.is_some()];
+    let shapes =
+        [args.queues.is_some(), args.depth.is_some(), args.ublk_id.is_some(), args.logical_block_size.is_some()];
     if args.frontend == Frontend::Nbd && shapes.contains(&true) {
         anyhow::bail!(
             "--queues, --depth, --ublk-id and --logical-block-size are for block devices: leave them out, or use \

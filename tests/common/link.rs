@@ -1,4 +1,4 @@
-//! A link of 1 Gbit/s and 20 ms.
+//! A link of 1 Gbit/s.
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -13,7 +13,12 @@ pub struct Link {
 }
 
 impl Link {
+    /// One of 20 ms.
     pub fn to(address: &str) -> Self {
+        Self::with_rtt(address, 20)
+    }
+
+    pub fn with_rtt(address: &str, rtt_ms: u64) -> Self {
         let program = Path::new(BLKFERRY).with_file_name("examples/relay");
         if !program.exists() {
             // Cargo builds examples for all tests, but not for one that is named.
@@ -21,7 +26,7 @@ impl Link {
             assert!(built.success());
         }
         let mut child = Command::new(program)
-            .args([address, "--mbit", "1000", "--rtt-ms", "20"])
+            .args([address, "--mbit", "1000", "--rtt-ms", &rtt_ms.to_string()])
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

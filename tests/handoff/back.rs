@@ -1,14 +1,16 @@
 //! Out and back again: what was not written at the other host does not cross a second time.
 
 use std::os::unix::fs::MetadataExt;
+use std::time::Duration;
 
 use blkferry::control::RunDir;
-use blkferry::nbd::{Command, CommandFlags};
+use blkferry::nbd::{Command, CommandFlags, NbdError};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::client::Client;
 use crate::common::{Device, Export, assert_same, kill, make_image};
+use crate::link::Link;
 use crate::rig::{
     Rig, abort, activate, can_be_written, contents, data_bytes, offer, take, wait_released, write_blocks,
 };
@@ -108,6 +110,50 @@ fn killed_on_the_way_home() {
     assert_eq!(data_bytes(&a), 6 * 4096);
     a.detach();
     assert!(std::fs::read(&rig.image).unwrap() == wanted);
+}
+
+#[test]
+fn nobody_gets_a_disk_that_is_still_coming_home() {
+    let rig = Rig::new(SIZE);
+    let Out { b, at_b, wanted } = go_out(&rig);
+    drop(at_b);
+    b.set("export=127.0.0.1:0");
+    let direct = b.status()["handoff"]["export"].as_str().unwrap().to_owned();
+    let (address, _) = direct.strip_prefix("nbd://").unwrap().split_once('/').unwrap();
+    let link = Link::with_rtt(address, 300);
+    let uri = direct.replace(address, &link.address);
+    let a = rig.attach(&uri, "a", &["--standby", "--hydrate", "off"]);
+    let record = rig.world.path("a.raw.handoff");
+    let before = std::fs::read(&record).unwrap();
+    activate(&a).unwrap();
+    kill(a.pid, Signal::SIGKILL);
+    // Death came before the record beside the image was cleared up: the next attach asks what was written at B.
+    std::fs::write(&record, before).unwrap();
+    let offered = rig.world.path("a.onward");
+    let (at, onward) = (format!("unix:{}", offered.display()), format!("nbd+unix:///a?socket={}", offered.display()));
+    let (a, c) = std::thread::scope(|scope| {
+        let attached = scope.spawn(|| rig.attach(&uri, "a", &["--hydrate", "off", "--export", &at]));
+        while !offered.exists() {
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let c = rig.attach(&onward, "c", &["--standby"]);
+        // It was answered less than a round trip after A asked: A does not know yet.
+        link.freeze();
+        let taken = scope.spawn(move || {
+            take(&c).unwrap();
+            c
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        link.thaw();
+        (attached.join().unwrap(), taken.join().unwrap())
+    });
+    // There is one who writes.
+    activate(&c).unwrap();
+    assert_eq!(a.status()["state"], "away");
+    assert_eq!(Client::connect(&a.uri).try_write(0, &[1; 512]), Err(NbdError::Perm));
+    c.wait_complete();
+    c.detach();
+    assert!(std::fs::read(rig.world.path("c.raw")).unwrap() == wanted);
 }
 
 #[test]

@@ -9,6 +9,9 @@ mod breath;
 #[path = "../common/client.rs"]
 mod client;
 mod image;
+#[path = "../common/link.rs"]
+#[allow(dead_code)]
+mod link;
 mod onward;
 mod reclaim;
 mod rig;
