@@ -1,4 +1,5 @@
 //! A link of 1 Gbit/s.
+#![allow(dead_code)]
 
 use std::io::{BufRead, BufReader, Write};
 use std::path::Path;
@@ -47,13 +48,11 @@ impl Link {
 
 impl Link {
     /// Nothing gets through until [`Link::thaw`], and no connection breaks.
-    #[allow(dead_code)]
     pub fn freeze(&self) {
         kill(self.child.id() as i32, nix::sys::signal::Signal::SIGSTOP);
     }
 
     /// See [`Link::freeze`].
-    #[allow(dead_code)]
     pub fn thaw(&self) {
         kill(self.child.id() as i32, nix::sys::signal::Signal::SIGCONT);
     }

@@ -9,7 +9,7 @@ use nix::sys::signal::Signal;
 use serde_json::json;
 
 use crate::client::Client;
-use crate::common::{Device, Export, assert_same, kill, make_image};
+use crate::common::{Device, Export, assert_same, kill, make_image, wait_for_socket};
 use crate::link::Link;
 use crate::rig::{
     Rig, abort, activate, can_be_written, contents, data_bytes, offer, take, wait_released, write_blocks,
@@ -133,9 +133,7 @@ fn nobody_gets_a_disk_that_is_still_coming_home() {
     let (at, onward) = (format!("unix:{}", offered.display()), format!("nbd+unix:///a?socket={}", offered.display()));
     let (a, c) = std::thread::scope(|scope| {
         let attached = scope.spawn(|| rig.attach(&uri, "a", &["--hydrate", "off", "--export", &at]));
-        while !offered.exists() {
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        wait_for_socket(&offered);
         let c = rig.attach(&onward, "c", &["--standby"]);
         // It was answered less than a round trip after A asked: A does not know yet.
         link.freeze();

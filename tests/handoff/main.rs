@@ -10,7 +10,6 @@ mod breath;
 mod client;
 mod image;
 #[path = "../common/link.rs"]
-#[allow(dead_code)]
 mod link;
 mod onward;
 mod reclaim;
