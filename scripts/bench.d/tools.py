@@ -7,6 +7,7 @@ import os
 import re
 import signal
 import socket
+import struct
 import subprocess
 import time
 from pathlib import Path
@@ -80,6 +81,24 @@ def wait_for(what, is_true, pace_s=0.01):
         if time.monotonic() > end:
             raise SystemExit(f"bench: {what} never happened")
         time.sleep(pace_s)
+
+
+@contextlib.contextmanager
+def processors_awake():
+    """Keeps processors from sleeping while there is nothing to do, as cyclictest does; says whether that is so (it takes
+    root). One that sleeps in a virtual machine is somebody else's until the host gives it back: milliseconds, now and then,
+    which say nothing about what is measured here."""
+    try:
+        # The PM QoS interface (Documentation/power/pm_qos_interface.rst): microseconds, for as long as it is open.
+        file = os.open("/dev/cpu_dma_latency", os.O_WRONLY)
+    except OSError:
+        yield False
+        return
+    try:
+        os.write(file, struct.pack("i", 0))
+        yield True
+    finally:
+        os.close(file)
 
 
 def cpu_s(pid):
