@@ -11,7 +11,7 @@ use super::fetcher::Fetcher;
 use super::gate::Phase;
 use super::hydration::{HydrationState, Mode, Pacer};
 use crate::engine::{Action, Event};
-use crate::uring::{Lent, now, sleep};
+use crate::uring::{Buffer, Lent, now, sleep};
 
 /// Pause after a failure, before it tries again.
 const RETRY_PAUSE: Duration = Duration::from_secs(2);
@@ -135,5 +135,6 @@ impl Fetcher {
             source.hang_up();
             self.core.health.set_found();
         }
+        Buffer::forget_kept();
     }
 }

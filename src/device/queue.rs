@@ -20,7 +20,7 @@ use super::gate::{Pass, Phase};
 use super::hydration::Mode;
 use super::messages::{FetchRequest, QueueMessage};
 use crate::engine::{ByteRange, Errno, Event, Extent, OpId, OpKind};
-use crate::uring::{FileExtent, FileIo, Part, ZeroMode, sleep, spawn};
+use crate::uring::{Buffer, FileExtent, FileIo, Part, ZeroMode, sleep, spawn};
 
 /// Piece in which a prefetch is asked for, so that a request for gigabytes stays bounded.
 const PREFETCH_PIECE_BYTES: u64 = 1 << 20;
@@ -37,7 +37,7 @@ type Answer = (Result<(), Errno>, Pieces);
 
 struct Open {
     start: u64,
-    payload: Arc<Vec<u8>>,
+    payload: Arc<Buffer>,
     pieces: Pieces,
     done: oneshot::Sender<Answer>,
 }
@@ -65,7 +65,7 @@ impl Queue {
     /// Reads a range. Zeros that crossed as holes come as [`Part::Zeros`].
     pub async fn read(&self, range: ByteRange) -> Result<Vec<Part>, Errno> {
         if self.is_hit(range) {
-            let (result, bytes) = self.read_hit(range, vec![0; range.len() as usize]).await;
+            let (result, bytes) = self.read_hit(range, Buffer::to_fill(range.len() as usize)).await;
             return result.map(|()| vec![Part::Owned(bytes)]);
         }
         if self.core.gate.phase() == Phase::Standby {
@@ -74,14 +74,14 @@ impl Queue {
         let counters = &self.core.counters;
         counters.read_bytes.fetch_add(range.len(), Ordering::Relaxed);
         counters.read_misses.fetch_add(1, Ordering::Relaxed);
-        let (result, mut pieces) = self.submit(OpKind::Read, range, Vec::new()).await;
+        let (result, mut pieces) = self.submit(OpKind::Read, range, Buffer::default()).await;
         result?;
         pieces.sort_by_key(|(start, _)| *start);
         Ok(pieces.into_iter().map(|(_, part)| part).collect())
     }
 
     /// Writes `data` from `offset_bytes`.
-    pub async fn write(&self, offset_bytes: u64, data: Vec<u8>, fua: bool) -> Result<(), Errno> {
+    pub async fn write(&self, offset_bytes: u64, data: Buffer, fua: bool) -> Result<(), Errno> {
         let range = ByteRange::new(offset_bytes, data.len() as u64);
         if self.is_hit(range) {
             return self.write_hit(range, data, fua).await.0;
@@ -96,7 +96,7 @@ impl Queue {
         let _pass = self.pass().await?;
         self.core.counters.writes.fetch_add(1, Ordering::Relaxed);
         if !self.core.is_hit(range) {
-            return self.submit(OpKind::Zero { fua, keep_allocated, fast_only }, range, Vec::new()).await.0;
+            return self.submit(OpKind::Zero { fua, keep_allocated, fast_only }, range, Buffer::default()).await.0;
         }
         self.check_health()?;
         self.prepare_change(range, false);
@@ -108,12 +108,12 @@ impl Queue {
     pub async fn trim(&self, range: ByteRange, fua: bool) -> Result<(), Errno> {
         let _pass = self.pass().await?;
         self.core.counters.writes.fetch_add(1, Ordering::Relaxed);
-        self.submit(OpKind::Trim { fua }, range, Vec::new()).await.0
+        self.submit(OpKind::Trim { fua }, range, Buffer::default()).await.0
     }
 
     /// Makes all acknowledged writes durable.
     pub async fn flush(&self) -> Result<(), Errno> {
-        let (op, answer) = self.register(0, Vec::new());
+        let (op, answer) = self.register(0, Buffer::default());
         self.core.apply(Event::Flush { op });
         answer.await.map_or(Err(Errno::EIO), |(result, _)| result)
     }
@@ -127,7 +127,7 @@ impl Queue {
         for batch in starts.chunks(PREFETCH_PIECES) {
             let pieces = batch.iter().map(|&start| {
                 let piece = ByteRange { start, end: range.end.min(start + PREFETCH_PIECE_BYTES) };
-                self.submit(OpKind::Prefetch, piece, Vec::new())
+                self.submit(OpKind::Prefetch, piece, Buffer::default())
             });
             for (result, _) in futures_util::future::join_all(pieces).await {
                 result?;
@@ -214,7 +214,7 @@ impl Queue {
 
     // ---- through the engine ------------------------------------------------------------------------
 
-    fn register(&self, start: u64, payload: Vec<u8>) -> (OpId, oneshot::Receiver<Answer>) {
+    fn register(&self, start: u64, payload: Buffer) -> (OpId, oneshot::Receiver<Answer>) {
         let op = Core::op_id(self.index, self.next.get());
         self.next.set(self.next.get() + 1);
         let (done, answer) = oneshot::channel();
@@ -223,7 +223,7 @@ impl Queue {
         (op, answer)
     }
 
-    async fn submit(&self, kind: OpKind, range: ByteRange, payload: Vec<u8>) -> Answer {
+    async fn submit(&self, kind: OpKind, range: ByteRange, payload: Buffer) -> Answer {
         let (op, answer) = self.register(range.start, payload);
         self.core.counters.waiting.fetch_add(1, Ordering::Relaxed);
         self.core.apply(Event::Submit { op, kind, range });
@@ -301,9 +301,9 @@ impl Queue {
         Part::Shared { bytes: open.payload.clone(), range: start..start + range.len() as usize }
     }
 
-    async fn read_cache(&self, range: ByteRange) -> Result<Vec<u8>, Errno> {
+    async fn read_cache(&self, range: ByteRange) -> Result<Buffer, Errno> {
         let len = range.len() as usize;
-        let (result, bytes) = self.cache.read_exact_at(vec![0; len], 0..len, range.start).await;
+        let (result, bytes) = self.cache.read_exact_at(Buffer::to_fill(len), 0..len, range.start).await;
         result.map(|()| bytes).map_err(|e| self.io_error("read", &e))
     }
 

@@ -8,7 +8,7 @@ use super::image::{Image, ImageError};
 use crate::engine::ByteRange;
 use crate::nbd::{Ask, DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, Told, TransmissionFlags};
 use crate::server::{Disk, DiskExtent, hash_by_reading, without_zeros};
-use crate::uring::{Part, Residency};
+use crate::uring::{Buffer, Part, Residency};
 
 /// An image on offer.
 pub struct ExportDisk {
@@ -44,9 +44,9 @@ impl ExportDisk {
         Ok(Self { image, giver, handing_off: async_lock::Mutex::new(()), info: RefCell::new(info) })
     }
 
-    async fn read_bytes(&self, range: ByteRange) -> Result<Vec<u8>, NbdError> {
+    async fn read_bytes(&self, range: ByteRange) -> Result<Buffer, NbdError> {
         let len = range.len() as usize;
-        let (result, bytes) = self.image.io().read_exact_at(vec![0; len], 0..len, range.start).await;
+        let (result, bytes) = self.image.io().read_exact_at(Buffer::to_fill(len), 0..len, range.start).await;
         result.map_err(|e| {
             log::error!("image {}: read at {}: {e}", self.image.path().display(), range.start);
             NbdError::Io

@@ -11,7 +11,7 @@ use crate::device::{Core, Queue};
 use crate::engine::{ByteRange, Errno};
 use crate::nbd::{DEFAULT_MAX_PAYLOAD, ExportInfo, NbdError, TransmissionFlags};
 use crate::server::{Disk, DiskExtent, ServeStats, Server};
-use crate::uring::{FileIo, Listener, Mailbox, Part, Reactor, spawn};
+use crate::uring::{Buffer, FileIo, Listener, Mailbox, Part, Reactor, spawn};
 
 /// How long requests under way may take when the daemon stops; those that wait for a lost source are let go.
 const STOP_PATIENCE: Duration = Duration::from_secs(3);
@@ -116,7 +116,7 @@ impl Disk for DeviceDisk {
         self.queue.read(range).await.map_err(nbd_error)
     }
 
-    async fn write(&self, offset_bytes: u64, data: Vec<u8>, fua: bool) -> Result<(), NbdError> {
+    async fn write(&self, offset_bytes: u64, data: Buffer, fua: bool) -> Result<(), NbdError> {
         self.queue.write(offset_bytes, data, fua).await.map_err(nbd_error)
     }
 

@@ -19,7 +19,7 @@ use super::FrontendError;
 use crate::device::{Core, Queue};
 use crate::engine::{ByteRange, Errno};
 use crate::ublk::{Channel, Device, Next, Operation, Params, Request, RequestFlags, Tag, UblkError};
-use crate::uring::{FileIo, Mailbox, Part, Reactor, spawn};
+use crate::uring::{Buffer, FileIo, Mailbox, Part, Reactor, spawn};
 
 /// Preferred size of a request: what a fetch run is not worse at.
 const OPTIMAL_IO_BYTES: u64 = 64 << 10;
@@ -294,7 +294,8 @@ impl Server {
                 fill(tag.room(), &parts)
             }
             Operation::Write => {
-                let data = tag.bytes(request.len_bytes as usize).to_vec();
+                let mut data = Buffer::to_fill(request.len_bytes as usize);
+                data.copy_from_slice(tag.bytes(request.len_bytes as usize));
                 self.queue.write(range.start, data, fua).await?;
                 Ok(request.len_bytes as u32)
             }
@@ -353,8 +354,8 @@ mod tests {
     #[test]
     fn parts_are_laid_side_by_side() {
         let mut room = [9; 8];
-        let shared = Part::Shared { bytes: Arc::new(vec![1, 2, 3, 4]), range: 1..3 };
-        assert_eq!(fill(&mut room, &[Part::Owned(vec![7]), shared, Part::Zeros(2)]).unwrap(), 5);
+        let shared = Part::Shared { bytes: Arc::new(vec![1, 2, 3, 4].into()), range: 1..3 };
+        assert_eq!(fill(&mut room, &[Part::Owned(vec![7].into()), shared, Part::Zeros(2)]).unwrap(), 5);
         assert_eq!(room, [7, 2, 3, 0, 0, 9, 9, 9]);
         assert!(fill(&mut room, &[Part::Zeros(9)]).is_err());
     }

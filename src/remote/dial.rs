@@ -199,17 +199,17 @@ async fn shake_hands(
                 stats.add_sent(bytes.len() as u64);
                 // Nothing is sent in the middle of an answer.
                 asked = (!bytes.is_empty()).then(now);
-                connection.send(vec![Part::Owned(bytes)]).await.map_err(broken)?;
+                connection.send(vec![Part::Owned(bytes.into())]).await.map_err(broken)?;
             }
             Ok(ClientStep::Ready { session, send }) => {
                 stats.add_sent(send.len() as u64);
-                connection.send(vec![Part::Owned(send)]).await.map_err(broken)?;
+                connection.send(vec![Part::Owned(send.into())]).await.map_err(broken)?;
                 return Ok(Dialed { connection, reader, session, round_trip });
             }
             Ok(ClientStep::Listed { .. }) => unreachable!("no list was asked for"),
             Err(error) => {
                 // Politeness only: the connection is given up either way.
-                let _ = connection.send(vec![Part::Owned(handshake.farewell())]).await;
+                let _ = connection.send(vec![Part::Owned(handshake.farewell().into())]).await;
                 return Err(protocol(error));
             }
         }

@@ -374,7 +374,7 @@ async fn send_requests(link: Link) {
         if batch.is_empty() {
             continue;
         }
-        if link.inner.connection.send(vec![Part::Owned(batch)]).await.is_err() {
+        if link.inner.connection.send(vec![Part::Owned(batch.into())]).await.is_err() {
             // The receiving side sees the end too, and buries the link.
             link.inner.connection.shutdown();
             return;

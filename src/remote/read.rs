@@ -6,14 +6,14 @@ use std::sync::Arc;
 
 use crate::engine::ByteRange;
 use crate::nbd::FerryHashes;
-use crate::uring::Part;
+use crate::uring::{Buffer, Part};
 
 /// Blocks as they came from the source: bytes, and where zeros crossed as holes.
 #[derive(Clone, Debug)]
 pub struct FetchedData {
     range: ByteRange,
     /// Empty if all of it is a hole.
-    bytes: Arc<Vec<u8>>,
+    bytes: Arc<Buffer>,
     /// Holes, as ranges relative to the start, in order.
     holes: Arc<Vec<Range<usize>>>,
 }
@@ -30,7 +30,7 @@ impl FetchedData {
             part.append_to(&mut bytes);
         }
         debug_assert_eq!(bytes.len() as u64, range.len());
-        Self { range, bytes: Arc::new(bytes), holes: Arc::new(holes) }
+        Self { range, bytes: Arc::new(bytes.into()), holes: Arc::new(holes) }
     }
 
     /// The pieces of a part of it; holes are [`Part::Zeros`].
@@ -69,14 +69,15 @@ pub(super) struct BadCover;
 #[derive(Debug)]
 pub(super) struct ReadAssembly {
     range: ByteRange,
-    bytes: Vec<u8>,
+    /// Empty until the first data comes. What has not arrived in it is no part of the answer.
+    bytes: Buffer,
     /// What has arrived, by its start: end and "hole".
     arrived: BTreeMap<usize, (usize, bool)>,
 }
 
 impl ReadAssembly {
     pub(super) fn new(range: ByteRange) -> Self {
-        Self { range, bytes: Vec::new(), arrived: BTreeMap::new() }
+        Self { range, bytes: Buffer::default(), arrived: BTreeMap::new() }
     }
 
     /// Announces a chunk at an absolute offset; gives its place in the buffer.
@@ -98,15 +99,15 @@ impl ReadAssembly {
     }
 
     /// The buffer to receive into, to be given back.
-    pub(super) fn take_buffer(&mut self) -> Vec<u8> {
+    pub(super) fn take_buffer(&mut self) -> Buffer {
         let mut bytes = std::mem::take(&mut self.bytes);
         if bytes.is_empty() {
-            bytes = vec![0; self.range.len() as usize];
+            bytes = Buffer::to_fill(self.range.len() as usize);
         }
         bytes
     }
 
-    pub(super) fn give_buffer(&mut self, bytes: Vec<u8>) {
+    pub(super) fn give_buffer(&mut self, bytes: Buffer) {
         self.bytes = bytes;
     }
 

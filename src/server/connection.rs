@@ -17,7 +17,7 @@ use crate::nbd::{
     Ask, Command, CommandFlags, ExportInfo, Limits, MAX_EXTENTS, MAX_FERRY_EXTENTS, NbdError, ProtocolError, Request,
     ServerHandshake, ServerStep, Session,
 };
-use crate::uring::{Budget, BufferedReader, Connection, Lent, Mailbox, Part, sleep, spawn};
+use crate::uring::{Budget, Buffer, BufferedReader, Connection, Lent, Mailbox, Part, sleep, spawn};
 
 /// Receive buffer: many requests, or the payload of a small write.
 const READER_BYTES: usize = 64 << 10;
@@ -128,18 +128,18 @@ async fn shake_hands(
     export: ExportInfo,
 ) -> Result<Option<Session>, ConnectionError> {
     let (mut handshake, greeting) = ServerHandshake::new(vec![export]);
-    connection.send(vec![Part::Owned(greeting)]).await?;
+    connection.send(vec![Part::Owned(greeting.into())]).await?;
     loop {
         let want = handshake.needs().min(READER_BYTES);
         let Some(bytes) = reader.read(want).await? else { return Ok(None) };
         match handshake.feed(bytes)? {
-            ServerStep::Reply(reply) => connection.send(vec![Part::Owned(reply)]).await?,
+            ServerStep::Reply(reply) => connection.send(vec![Part::Owned(reply.into())]).await?,
             ServerStep::Transmission { reply, session } => {
-                connection.send(vec![Part::Owned(reply)]).await?;
+                connection.send(vec![Part::Owned(reply.into())]).await?;
                 return Ok(Some(session));
             }
             ServerStep::Close { reply } => {
-                connection.send(vec![Part::Owned(reply)]).await?;
+                connection.send(vec![Part::Owned(reply.into())]).await?;
                 connection.shutdown();
                 return Ok(None);
             }
@@ -161,12 +161,13 @@ async fn read_requests<D: Disk>(reader: &mut BufferedReader, context: &Rc<Contex
         let verdict = request.validate(&context.limits);
         let request_share = context.lendable.requests.take(1).await;
         let mut bytes_share = None;
-        let mut payload = Vec::new();
+        let mut payload = Buffer::default();
         if verdict.is_err() {
             reader.skip(payload_len as usize).await?;
         } else if payload_len > 0 {
             bytes_share = Some(context.lendable.bytes.take(payload_len as usize).await);
-            let (result, filled) = reader.read_into(vec![0; payload_len as usize], 0, payload_len as usize).await;
+            let (result, filled) =
+                reader.read_into(Buffer::to_fill(payload_len as usize), 0, payload_len as usize).await;
             result?;
             payload = filled;
             if request.command == Command::Write {
@@ -224,7 +225,7 @@ impl<D: Disk> Context<D> {
     }
 }
 
-async fn answer<D: Disk>(context: &Context<D>, request: Request, payload: Vec<u8>) -> Vec<Part> {
+async fn answer<D: Disk>(context: &Context<D>, request: Request, payload: Buffer) -> Vec<Part> {
     let structured = context.session.structured;
     let Request { flags, command, cookie, offset, len } = request;
     let range = ByteRange::new(offset, u64::from(len));

@@ -4,7 +4,7 @@ use std::future::Future;
 
 use crate::engine::ByteRange;
 use crate::nbd::{Ask, ExportInfo, NbdError, Told};
-use crate::uring::{Part, Residency};
+use crate::uring::{Buffer, Part, Residency};
 
 /// A stretch of the disk as BLOCK_STATUS (`base:allocation`) tells it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -33,7 +33,7 @@ pub trait Disk: 'static {
     fn read(&self, range: ByteRange) -> impl Future<Output = Result<Vec<Part>, NbdError>>;
 
     /// Writes `data` from `offset_bytes`.
-    fn write(&self, offset_bytes: u64, data: Vec<u8>, fua: bool) -> impl Future<Output = Result<(), NbdError>> {
+    fn write(&self, offset_bytes: u64, data: Buffer, fua: bool) -> impl Future<Output = Result<(), NbdError>> {
         let _ = (offset_bytes, data, fua);
         async { Err(NbdError::Perm) }
     }

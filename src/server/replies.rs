@@ -22,7 +22,7 @@ pub(super) fn done(structured: bool, cookie: u64, result: Result<(), NbdError>) 
         Ok(()) if structured => put_none_chunk(&mut head, cookie),
         result => put_simple_reply(&mut head, cookie, result.err()),
     }
-    vec![Part::Owned(head)]
+    vec![Part::Owned(head.into())]
 }
 
 /// The data of a read. Structured: a chunk a piece, holes as holes; with `single` (DF) all in one chunk.
@@ -31,14 +31,14 @@ pub(super) fn data(structured: bool, single: bool, cookie: u64, offset: u64, pie
     let mut head = Vec::new();
     if !structured {
         put_simple_reply(&mut head, cookie, None);
-        parts.push(Part::Owned(head));
+        parts.push(Part::Owned(head.into()));
         parts.extend(pieces);
         return parts;
     }
     if single {
         let len: usize = pieces.iter().map(Part::len).sum();
         put_data_chunk_head(&mut head, cookie, ReplyFlags::DONE, offset, len as u32);
-        parts.push(Part::Owned(head));
+        parts.push(Part::Owned(head.into()));
         parts.extend(pieces);
         return parts;
     }
@@ -51,13 +51,13 @@ pub(super) fn data(structured: bool, single: bool, cookie: u64, offset: u64, pie
             Part::Zeros(_) => Hole { offset: at, len: len as u32 }.put(&mut head, cookie, flags),
             part => {
                 put_data_chunk_head(&mut head, cookie, flags, at, len as u32);
-                parts.push(Part::Owned(std::mem::take(&mut head)));
+                parts.push(Part::Owned(std::mem::take(&mut head).into()));
                 parts.push(part);
             }
         }
         at += len as u64;
     }
-    parts.push(Part::Owned(head));
+    parts.push(Part::Owned(head.into()));
     parts
 }
 
@@ -69,7 +69,7 @@ pub(super) fn block_status(cookie: u64, contexts: &[(u32, Vec<Extent>)]) -> Vec<
         let flags = if index == last { ReplyFlags::DONE } else { ReplyFlags::empty() };
         put_block_status_chunk(&mut chunks, cookie, flags, *id, extents);
     }
-    vec![Part::Owned(chunks)]
+    vec![Part::Owned(chunks.into())]
 }
 
 /// Extents of `base:allocation`.
@@ -109,14 +109,14 @@ fn in_request(len_bytes: u64) -> u32 {
 pub(super) fn hashes(cookie: u64, offset: u64, piece_bytes: u32, hashes: &[[u8; 32]]) -> Vec<Part> {
     let mut head = Vec::new();
     put_ferry_hashes_chunk(&mut head, cookie, ReplyFlags::DONE, offset, piece_bytes, hashes);
-    vec![Part::Owned(head)]
+    vec![Part::Owned(head.into())]
 }
 
 /// The answer to a step of a handoff.
 pub(super) fn told(cookie: u64, told: &Told) -> Vec<Part> {
     let mut chunk = Vec::new();
     put_ferry_told_chunk(&mut chunk, cookie, told);
-    vec![Part::Owned(chunk)]
+    vec![Part::Owned(chunk.into())]
 }
 
 /// The answer to the question what was written since.

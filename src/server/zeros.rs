@@ -2,14 +2,14 @@
 
 use std::sync::Arc;
 
-use crate::uring::Part;
+use crate::uring::{Buffer, Part};
 
 /// Granule in which zeros are looked for: a run of them crosses as a hole.
 const ZERO_GRANULE: usize = 4096;
 static ZEROS: [u8; ZERO_GRANULE] = [0; ZERO_GRANULE];
 
 /// Cuts what was read into data and runs of zeros, along the granules of the disk.
-pub fn without_zeros(offset_bytes: u64, bytes: Vec<u8>) -> Vec<Part> {
+pub fn without_zeros(offset_bytes: u64, bytes: Buffer) -> Vec<Part> {
     let bytes = Arc::new(bytes);
     let mut pieces: Vec<(bool, std::ops::Range<usize>)> = Vec::new();
     let mut at = 0;
@@ -35,7 +35,7 @@ mod tests {
     use super::*;
 
     fn shape(offset: u64, bytes: &[u8]) -> Vec<(bool, u64)> {
-        let pieces = without_zeros(offset, bytes.to_vec());
+        let pieces = without_zeros(offset, bytes.to_vec().into());
         let mut flat = Vec::new();
         pieces.iter().for_each(|part| part.append_to(&mut flat));
         assert_eq!(flat, bytes);

@@ -308,7 +308,7 @@ mod tests {
         reactor
             .block_on(async move {
                 let data: Vec<u8> = (0..100_000u32).map(|n| n as u8 | 1).collect();
-                file.write_all_at(Part::Owned(data.clone()), 512, false).await.unwrap();
+                file.write_all_at(Part::Owned(data.clone().into()), 512, false).await.unwrap();
                 file.zero_at(4096, 8192, ZeroMode::Punch, false).await.unwrap();
                 let (result, back) = file.read_exact_at(vec![9; 100_010], 5..100_005, 512).await;
                 result.unwrap();

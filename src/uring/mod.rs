@@ -16,6 +16,7 @@
 #![allow(unsafe_code)]
 
 mod budget;
+mod buffer;
 mod cached;
 mod clock;
 mod command;
@@ -34,6 +35,7 @@ pub mod simulation;
 mod stream;
 
 pub use budget::{Budget, Lent};
+pub use buffer::Buffer;
 pub use clock::{lot, now};
 pub use command::{CommandRing, command};
 pub use file::{FileExtent, PAGE_BYTES, ZeroMode};

@@ -16,6 +16,7 @@ use io_uring::{opcode, types};
 use nix::libc;
 use nix::sys::socket::{setsockopt, sockopt};
 
+use super::buffer::Buffer;
 use super::peer::{DYING, connect_to_living};
 use super::reactor::submit;
 
@@ -39,11 +40,11 @@ const DEAD_PEER_MS: u32 = 15_000;
 #[derive(Clone, Debug)]
 pub enum Part {
     /// Bytes of its own.
-    Owned(Vec<u8>),
+    Owned(Buffer),
     /// A range of a buffer that others may read too.
     Shared {
         /// The buffer.
-        bytes: Arc<Vec<u8>>,
+        bytes: Arc<Buffer>,
         /// The range of it that this part is.
         range: Range<usize>,
     },
@@ -71,7 +72,7 @@ impl Part {
         if let Self::Shared { bytes, range } = self
             && range.len() <= bytes.len() / 4
         {
-            *self = Self::Owned(bytes[range.clone()].to_vec());
+            *self = Self::Owned(bytes[range.clone()].to_vec().into());
         }
     }
 
@@ -99,9 +100,9 @@ pub struct Connection {
     fd: Arc<OwnedFd>,
 }
 
-struct RecvOp {
+struct RecvOp<B> {
     _fd: Arc<OwnedFd>,
-    buf: Vec<u8>,
+    buf: B,
 }
 
 struct SendOp {
@@ -151,12 +152,12 @@ impl Connection {
     }
 
     /// Receives at most `at.len()` bytes into `buf[at]`; 0 means that the peer has closed.
-    pub async fn recv(&self, buf: Vec<u8>, at: Range<usize>) -> (io::Result<usize>, Vec<u8>) {
+    pub async fn recv<B: AsMut<[u8]> + 'static>(&self, buf: B, at: Range<usize>) -> (io::Result<usize>, B) {
         self.recv_flags(buf, at, 0).await
     }
 
     /// Receives exactly `at.len()` bytes into `buf[at]`. A peer that closes before is an `UnexpectedEof`.
-    pub async fn recv_exact(&self, mut buf: Vec<u8>, at: Range<usize>) -> (io::Result<()>, Vec<u8>) {
+    pub async fn recv_exact<B: AsMut<[u8]> + 'static>(&self, mut buf: B, at: Range<usize>) -> (io::Result<()>, B) {
         let mut start = at.start;
         while start < at.end {
             let (result, back) = self.recv_flags(buf, start..at.end, libc::MSG_WAITALL).await;
@@ -170,14 +171,19 @@ impl Connection {
         (Ok(()), buf)
     }
 
-    async fn recv_flags(&self, mut buf: Vec<u8>, at: Range<usize>, flags: i32) -> (io::Result<usize>, Vec<u8>) {
+    async fn recv_flags<B: AsMut<[u8]> + 'static>(
+        &self,
+        mut buf: B,
+        at: Range<usize>,
+        flags: i32,
+    ) -> (io::Result<usize>, B) {
         loop {
             let fd = types::Fd(self.fd.as_raw_fd());
             let range = at.clone();
             // SAFETY: socket and buffer are owned by the resource; indexing checks the range.
             let op = unsafe {
                 submit(RecvOp { _fd: self.fd.clone(), buf }, |r| {
-                    let target = &mut r.buf[range];
+                    let target = &mut r.buf.as_mut()[range];
                     opcode::Recv::new(fd, target.as_mut_ptr(), target.len() as u32).flags(flags).build()
                 })
             };
@@ -430,7 +436,7 @@ mod tests {
 
     #[test]
     fn a_small_part_does_not_keep_the_whole() {
-        let bytes = Arc::new(vec![7; 4096]);
+        let bytes = Arc::new(Buffer::from(vec![7; 4096]));
         for (range, is_kept) in [(0..1024, false), (1024..2049, true), (0..4096, true)] {
             let mut part = Part::Shared { bytes: bytes.clone(), range: range.clone() };
             part.let_go_of_the_rest();
@@ -449,12 +455,18 @@ mod tests {
         let target = path.clone();
         reactor
             .block_on(async move {
-                let big: Arc<Vec<u8>> = Arc::new((0..3_000_000u32).map(|n| (n % 251) as u8).collect());
+                let big: Vec<u8> = (0..3_000_000u32).map(|n| (n % 251) as u8).collect();
+                let big: Arc<Buffer> = Arc::new(big.into());
                 let sent = big.clone();
                 let client = spawn(async move {
                     let connection = Connection::connect_unix(target).await.unwrap();
                     let shared = Part::Shared { bytes: sent.clone(), range: 10..2_999_999 };
-                    let parts = vec![Part::Owned(b"head".to_vec()), Part::Zeros(200_000), Part::Owned(vec![]), shared];
+                    let parts = vec![
+                        Part::Owned(b"head".to_vec().into()),
+                        Part::Zeros(200_000),
+                        Part::Owned(Buffer::default()),
+                        shared,
+                    ];
                     connection.send(parts).await.unwrap();
                 });
                 let _probe_of_the_second_bind = listener.accept().await.unwrap();

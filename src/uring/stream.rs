@@ -45,10 +45,15 @@ impl BufferedReader {
     }
 
     /// Exactly `len` bytes into `target` from `at`: first what is buffered, the rest past the buffer.
-    /// The vector comes back either way.
-    pub async fn read_into(&mut self, mut target: Vec<u8>, at: usize, len: usize) -> (io::Result<()>, Vec<u8>) {
+    /// The buffer comes back either way.
+    pub async fn read_into<B: AsMut<[u8]> + 'static>(
+        &mut self,
+        mut target: B,
+        at: usize,
+        len: usize,
+    ) -> (io::Result<()>, B) {
         let buffered = len.min(self.end - self.start);
-        target[at..at + buffered].copy_from_slice(&self.buf[self.start..self.start + buffered]);
+        target.as_mut()[at..at + buffered].copy_from_slice(&self.buf[self.start..self.start + buffered]);
         self.start += buffered;
         if buffered == len {
             return (Ok(()), target);

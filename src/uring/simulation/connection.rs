@@ -43,22 +43,22 @@ impl Connection {
     }
 
     /// See [`net::Connection::recv`].
-    pub async fn recv(&self, mut buf: Vec<u8>, at: Range<usize>) -> (io::Result<usize>, Vec<u8>) {
+    pub async fn recv<B: AsMut<[u8]> + 'static>(&self, mut buf: B, at: Range<usize>) -> (io::Result<usize>, B) {
         match &self.0 {
             Kind::Real(real) => real.recv(buf, at).await,
-            Kind::Simulated(end) => (end.recv(&mut buf[at]).await, buf),
+            Kind::Simulated(end) => (end.recv(&mut buf.as_mut()[at]).await, buf),
         }
     }
 
     /// See [`net::Connection::recv_exact`].
-    pub async fn recv_exact(&self, mut buf: Vec<u8>, at: Range<usize>) -> (io::Result<()>, Vec<u8>) {
+    pub async fn recv_exact<B: AsMut<[u8]> + 'static>(&self, mut buf: B, at: Range<usize>) -> (io::Result<()>, B) {
         let end = match &self.0 {
             Kind::Real(real) => return real.recv_exact(buf, at).await,
             Kind::Simulated(end) => end,
         };
         let mut start = at.start;
         while start < at.end {
-            match end.recv(&mut buf[start..at.end]).await {
+            match end.recv(&mut buf.as_mut()[start..at.end]).await {
                 Ok(0) => return (Err(io::ErrorKind::UnexpectedEof.into()), buf),
                 Ok(len) => start += len,
                 Err(error) => return (Err(error), buf),

@@ -13,7 +13,7 @@ use blkferry::nbd::{
     ReplyFlags, Request, Session, Standing, StateFlags, Told, TransmissionFlags, put_simple_reply,
 };
 use blkferry::server::{Disk, DiskExtent, HASH_PIECE_BYTES};
-use blkferry::uring::Part;
+use blkferry::uring::{Buffer, Part};
 use uuid::Uuid;
 
 pub const SIZE: usize = 128 << 10;
@@ -97,13 +97,13 @@ impl Disk for Ram {
         let (bytes, mut at) = (self.bytes.borrow(), range.start as usize);
         let mut parts = Vec::new();
         for (zero, len) in runs(&bytes, range) {
-            parts.push(if zero { Part::Zeros(len) } else { Part::Owned(bytes[at..at + len].to_vec()) });
+            parts.push(if zero { Part::Zeros(len) } else { Part::Owned(bytes[at..at + len].to_vec().into()) });
             at += len;
         }
         Ok(parts)
     }
 
-    async fn write(&self, offset_bytes: u64, data: Vec<u8>, _fua: bool) -> Result<(), NbdError> {
+    async fn write(&self, offset_bytes: u64, data: Buffer, _fua: bool) -> Result<(), NbdError> {
         self.check(ByteRange::new(offset_bytes, data.len() as u64), MAX_PAYLOAD.into());
         self.bytes.borrow_mut()[offset_bytes as usize..][..data.len()].copy_from_slice(&data);
         Ok(())
