@@ -397,57 +397,9 @@ async fn listen_to_bell(shared: Arc<Shared>) {
     }
 }
 
-/// A queue into a thread: any thread sends, the tasks of one reactor receive.
-pub struct Mailbox<T> {
-    queue: Arc<MailboxInner<T>>,
-}
-
-struct MailboxInner<T> {
-    items: SegQueue<T>,
-    arrived: event_listener::Event,
-}
-
-impl<T> Clone for Mailbox<T> {
-    fn clone(&self) -> Self {
-        Self { queue: self.queue.clone() }
-    }
-}
-
-impl<T> Default for Mailbox<T> {
-    fn default() -> Self {
-        Self { queue: Arc::new(MailboxInner { items: SegQueue::new(), arrived: event_listener::Event::new() }) }
-    }
-}
-
-impl<T> Mailbox<T> {
-    /// Puts an item in. Never waits: the senders' own limits (requests in flight) bound the queue.
-    pub fn send(&self, item: T) {
-        self.queue.items.push(item);
-        self.queue.arrived.notify(1);
-    }
-
-    /// The next item, at once or never.
-    pub fn try_recv(&self) -> Option<T> {
-        self.queue.items.pop()
-    }
-
-    /// The next item, in the order sent.
-    pub async fn recv(&self) -> T {
-        loop {
-            if let Some(item) = self.try_recv() {
-                return item;
-            }
-            let listener = self.queue.arrived.listen();
-            if let Some(item) = self.try_recv() {
-                return item;
-            }
-            listener.await;
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::Mailbox;
     use super::*;
 
     use futures_util::FutureExt;

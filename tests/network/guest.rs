@@ -140,7 +140,7 @@ impl Guests {
         sectors.clone().for_each(|_| put(stamp, &mut data));
         let queue = device.queue.clone();
         drop(device);
-        let outcome = self.there(process, async move { queue.write(range.start, data, fua).await }).await;
+        let outcome = self.there(process, async move { queue.write(range.start, data.into(), fua).await }).await;
         let (acked, open) = (outcome == Some(Ok(())), judge.ends(op));
         judge.check(judge.history.borrow_mut().end_write(sectors, stamp, judge.tick(), acked, false));
         match outcome {

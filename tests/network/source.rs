@@ -69,7 +69,7 @@ impl Disk for MemoryDisk {
         sectors.for_each(|sector| self.setup.put_source(sector, self.other, &mut bytes));
         bytes.truncate((range.end - first) as usize);
         bytes.drain(..(range.start - first) as usize);
-        Ok(without_zeros(range.start, bytes))
+        Ok(without_zeros(range.start, bytes.into()))
     }
 
     async fn prefetch(&self, _range: ByteRange) -> Result<(), NbdError> {
