@@ -10,7 +10,8 @@
 //! is about to use what lies around it. If that is a short stretch (a file, as far as it was read, the pages of a program
 //! that were touched) it is fetched at once. A long one says no more than that much is in memory there: it comes next from
 //! there on, to its end or until the guest goes elsewhere, if the guest missed another block near it just before. Who reads
-//! at random is not followed: it would only meet hydration, and wait for all that is on its way there.
+//! at random is not followed, or not for long where two were near each other by chance: it would only meet hydration, and
+//! wait for all that is on its way there.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::num::NonZeroU64;
@@ -26,6 +27,8 @@ const MAX_RUNS: usize = 64 << 10;
 const TOGETHER_BYTES: u64 = 512 << 10;
 /// Stretches no further from each other than this are close.
 const GAP_BYTES: u64 = 64 << 10;
+/// After so many misses in long stretches with none near the one before, the guest is no longer where it was followed to.
+const STRAYS: u32 = 8;
 
 /// A stretch, or what is left of it in one piece.
 #[derive(Clone, Copy, Debug)]
@@ -60,6 +63,8 @@ pub(super) struct Hot {
     guest: Option<u64>,
     /// What it missed last in a long stretch.
     missed: Option<u64>,
+    /// How many it has missed since two of them were near each other.
+    strays: u32,
 }
 
 impl Hot {
@@ -112,8 +117,13 @@ impl Hot {
         }
         let before = self.missed.replace(run.start);
         if before.is_none_or(|before| before.abs_diff(run.start) > together) {
+            self.strays += 1;
+            if self.strays == STRAYS {
+                self.guest = None;
+            }
             return None;
         }
+        self.strays = 0;
         self.guest = Some(left.start.max(run.start));
         if left.start < run.start && self.runs.len() < MAX_RUNS {
             self.remove(around);
@@ -307,6 +317,31 @@ mod tests {
         // It reads on, across what is on its way, into what is not hot.
         reads(&mut hot, 995, 1000);
         assert_eq!([next(&mut hot), next(&mut hot)], [Some(995), Some(0)], "the shortest");
+    }
+
+    #[test]
+    fn who_reads_at_random_is_not_followed_for_long() {
+        let (geometry, maps) = disk();
+        let mut hot = Hot::default();
+        let next = |hot: &mut Hot| hot.next(&maps, &Inflight::default(), MAX, |_| None).map(|run| run.start);
+        hot.add(geometry, &in_memory(&[bytes(0, 400), bytes(500, 999)]));
+        let miss = |hot: &mut Hot, start| hot.missed(geometry, BlockRun::new(start, start + 1));
+        // Two of many are near each other.
+        for start in [600, 601] {
+            miss(&mut hot, start);
+        }
+        let elsewhere = [10, 800, 200, 950, 350, 520, 20, 700];
+        for start in &elsewhere[..7] {
+            miss(&mut hot, *start);
+        }
+        assert_eq!(next(&mut hot), Some(601));
+        miss(&mut hot, elsewhere[7]);
+        assert_eq!([next(&mut hot), next(&mut hot)], [Some(0), Some(4)], "the shortest");
+        // It has come to a place to stay.
+        for start in [800, 801] {
+            miss(&mut hot, start);
+        }
+        assert_eq!(next(&mut hot), Some(801));
     }
 
     #[test]
