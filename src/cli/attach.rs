@@ -136,15 +136,17 @@ fn sector(text: &str) -> Result<u64, String> {
 }
 
 pub(super) fn run(args: &Args, verbose: u8) -> anyhow::Result<ExitCode> {
-    if args.frontend == Frontend::Ublk && (args.socket.is_some() || args.socket_owner.is_some()) {
+    let names_socket = args.socket.is_some() || args.socket_owner.is_some();
+    if args.frontend == Frontend::Ublk && names_socket {
         anyhow::bail!("--socket and --socket-owner are for NBD: leave them out, or use --frontend nbd");
     }
     let shapes =
         [args.queues.is_some(), args.depth.is_some(), args.ublk_id.is_some(), args.logical_block_size.is_some()];
-    if args.frontend == Frontend::Nbd && shapes.contains(&true) {
+    if (args.frontend == Frontend::Nbd || names_socket) && shapes.contains(&true) {
+        let instead = if names_socket { "--socket and --socket-owner" } else { "--frontend nbd" };
         anyhow::bail!(
-            "--queues, --depth, --ublk-id and --logical-block-size are for block devices: leave them out, or use \
-             --frontend ublk"
+            "--queues, --depth, --ublk-id and --logical-block-size are for block devices, {instead} for NBD: leave out the \
+             one or the other"
         );
     }
     launch(args.manner, verbose, || {

@@ -87,7 +87,8 @@ fn a_shape_that_the_frontend_does_not_have() {
     let (world, export) = with_source();
     for shape in ["--queues=2", "--depth=8", "--ublk-id=5", "--logical-block-size=4096"] {
         let name = shape.split_once('=').unwrap().0;
-        attach_refused(&world, &export, &[shape, "--frontend", "nbd"], &[name, "block device", "--frontend ublk"]);
+        attach_refused(&world, &export, &[shape, "--frontend", "nbd"], &[name, "block device", "--frontend nbd"]);
+        attach_refused(&world, &export, &[shape, "--socket", "s"], &[name, "block device", "--socket"]);
     }
     attach_refused(&world, &export, &["--frontend", "ublk", "--socket", "s"], &["--socket", "NBD", "--frontend nbd"]);
 }
