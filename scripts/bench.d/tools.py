@@ -88,17 +88,13 @@ def processors_awake():
     """Keeps processors from sleeping while there is nothing to do, as cyclictest does; says whether that is so (it takes
     root). One that sleeps in a virtual machine is somebody else's until the host gives it back: milliseconds, now and then,
     which say nothing about what is measured here."""
-    try:
-        # The PM QoS interface (Documentation/power/pm_qos_interface.rst): microseconds, for as long as it is open.
-        file = os.open("/dev/cpu_dma_latency", os.O_WRONLY)
-    except OSError:
-        yield False
-        return
-    try:
-        os.write(file, struct.pack("i", 0))
-        yield True
-    finally:
-        os.close(file)
+    with contextlib.ExitStack() as opened:
+        awake = False
+        with contextlib.suppress(OSError):
+            # The PM QoS interface (Documentation/power/pm_qos_interface.rst): microseconds, for as long as it is open.
+            file = opened.enter_context(open("/dev/cpu_dma_latency", "wb", buffering=0))
+            awake = file.write(struct.pack("i", 0)) > 0
+        yield awake
 
 
 def cpu_s(pid):

@@ -7,7 +7,7 @@ from tools import median
 
 KERNELS = ("6.12", "7.2")
 GUEST = "scripts/bench.d/ublk-guest"
-# Short, and many in turns: what disturbs an emulated machine comes and goes within seconds.
+# Short, so that those that are compared follow each other closely: what disturbs an emulated machine comes and goes within seconds.
 JOB_S = 2
 # As the guest's script names them.
 WORKLOADS = ("randread-4k-1", "randread-4k-32", "randwrite-4k-1", "randwrite-4k-32", "read-128k-8", "write-128k-8")

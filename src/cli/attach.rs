@@ -143,7 +143,7 @@ pub(super) fn run(args: &Args, verbose: u8) -> anyhow::Result<ExitCode> {
     let shapes =
         [args.queues.is_some(), args.depth.is_some(), args.ublk_id.is_some(), args.logical_block_size.is_some()];
     if (args.frontend == Frontend::Nbd || names_socket) && shapes.contains(&true) {
-        let instead = if names_socket { "--socket and --socket-owner" } else { "--frontend nbd" };
+        let instead = if args.frontend == Frontend::Nbd { "--frontend nbd" } else { "--socket and --socket-owner" };
         anyhow::bail!(
             "--queues, --depth, --ublk-id and --logical-block-size are for block devices, {instead} for NBD: leave out the \
              one or the other"

@@ -117,8 +117,8 @@ impl Hot {
         }
         let before = self.missed.replace(run.start);
         if before.is_none_or(|before| before.abs_diff(run.start) > together) {
-            self.strays += 1;
-            if self.strays == STRAYS {
+            self.strays = self.strays.saturating_add(1);
+            if self.strays >= STRAYS {
                 self.guest = None;
             }
             return None;

@@ -14,11 +14,10 @@ use std::ops::{Deref, DerefMut};
 const LEAST_KEPT_BYTES: usize = 32 << 10;
 /// What a thread keeps: what comes back at once of the largest fetches. With half of it one in ten was made anew.
 const MOST_KEPT_BYTES: usize = 8 << 20;
-/// One that is larger than so many times what is wanted is left for others.
-const LARGER: usize = 2;
-/// Old bytes must not be taken for anything. Where this is looked for, they are these.
-#[cfg(any(debug_assertions, feature = "simulation"))]
-const OLD_BYTE: u8 = 0xd5;
+/// What is larger by more than this part of what is wanted is left for others: what is under way is counted by its length.
+const LARGER_PART: usize = 4;
+/// What nobody has filled must not be taken for anything. Where this is looked for, it is this, and not zeros.
+const UNFILLED: u8 = if cfg!(any(debug_assertions, feature = "simulation")) { 0xd5 } else { 0 };
 
 thread_local! {
     static KEPT: RefCell<Kept> = RefCell::default();
@@ -36,7 +35,7 @@ impl Buffer {
     /// So many bytes, whatever they are: whoever takes them fills them.
     pub fn to_fill(len: usize) -> Self {
         let kept = (len >= LEAST_KEPT_BYTES).then(|| KEPT.with_borrow_mut(|kept| kept.take(len))).flatten();
-        Self { bytes: kept.unwrap_or_else(|| vec![0; len]), len }
+        Self { bytes: kept.unwrap_or_else(|| vec![UNFILLED; len]), len }
     }
 
     /// Gives back what this thread keeps: no more large ones are wanted for now.
@@ -108,24 +107,22 @@ struct Kept {
 }
 
 impl Kept {
-    /// The newest one that is large enough, and not far too large.
+    /// The newest one that is large enough, and not too large.
     fn take(&mut self, len: usize) -> Option<Vec<u8>> {
-        let fits = |spare: &Vec<u8>| (len..=len * LARGER).contains(&spare.len());
+        let fits = |spare: &Vec<u8>| (len..=len + len / LARGER_PART).contains(&spare.len());
         let found = self.spare.iter().rposition(fits).and_then(|at| self.spare.remove(at))?;
         self.bytes -= found.len();
         Some(found)
     }
 
     /// The oldest make room.
-    fn put(&mut self, spare: Vec<u8>) {
-        #[cfg(any(debug_assertions, feature = "simulation"))]
-        let spare = {
-            let mut spare = spare;
-            spare.fill(OLD_BYTE);
-            spare
-        };
-        if spare.len() > MOST_KEPT_BYTES {
+    fn put(&mut self, mut spare: Vec<u8>) {
+        // One that grew by and by may have room for twice as much.
+        if spare.len() > MOST_KEPT_BYTES || spare.capacity() > spare.len() + spare.len() / LARGER_PART {
             return;
+        }
+        if UNFILLED != 0 {
+            spare.fill(UNFILLED);
         }
         self.bytes += spare.len();
         self.spare.push_back(spare);
@@ -151,12 +148,15 @@ mod tests {
         let was = address(&first);
         drop(first);
         let small = Buffer::to_fill(256 << 10);
-        assert_ne!(address(&small), was, "four times too large");
+        assert_ne!(address(&small), was, "too large");
         let larger = Buffer::to_fill((1 << 20) + 1);
         assert_ne!(address(&larger), was);
-        let again = Buffer::to_fill(700 << 10);
-        assert_eq!((address(&again), again.len()), (was, 700 << 10));
-        assert!(again.iter().all(|byte| *byte == OLD_BYTE), "tests see to it that nobody takes old bytes for his");
+        let again = Buffer::to_fill(900 << 10);
+        assert_eq!((address(&again), again.len()), (was, 900 << 10));
+        assert!(
+            again.iter().all(|byte| *byte == if UNFILLED == 0 { 7 } else { UNFILLED }),
+            "tests look for what nobody filled"
+        );
         drop(again);
         // It is as large as it was.
         assert_eq!(address(&Buffer::to_fill(1 << 20)), was);
@@ -173,14 +173,17 @@ mod tests {
         assert_eq!(address(&Buffer::to_fill(64 << 10)), newest);
         drop(Buffer::from(vec![0; MOST_KEPT_BYTES + 1]));
         drop(Buffer::from(vec![0; LEAST_KEPT_BYTES - 1]));
+        let mut roomy = Vec::with_capacity(200 << 10);
+        roomy.resize(100 << 10, 0);
+        drop(Buffer::from(roomy));
         assert!(KEPT.with_borrow(|kept| kept.spare.iter().all(|spare| spare.len() < 65 << 10)));
         Buffer::forget_kept();
         assert_eq!(KEPT.with_borrow(|kept| (kept.bytes, kept.spare.len())), (0, 0));
     }
 
     #[test]
-    fn what_is_not_kept_is_zeros_and_what_was_made_of_a_vector_is_that() {
-        assert!(Buffer::to_fill(100).iter().all(|byte| *byte == 0));
+    fn what_is_new_is_as_long_as_was_asked_and_what_was_made_of_a_vector_is_that() {
+        assert_eq!(*Buffer::to_fill(100), [UNFILLED; 100]);
         assert_eq!(*Buffer::from(vec![1, 2, 3]), [1, 2, 3]);
         assert_eq!(*Buffer::from(vec![1, 2, 3]).clone(), [1, 2, 3]);
         assert!(Buffer::default().is_empty());
