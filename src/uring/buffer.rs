@@ -12,7 +12,7 @@ use std::ops::{Deref, DerefMut};
 
 /// Smaller ones the allocator is quick with.
 const LEAST_KEPT_BYTES: usize = 32 << 10;
-/// What a thread keeps: what comes back at once of the largest fetches. With half of it one in ten was made anew.
+/// What a thread keeps: as much of the largest fetches as comes back at once. With half of it many were made anew.
 const MOST_KEPT_BYTES: usize = 8 << 20;
 /// What is larger by more than this part of what is wanted is left for others: what is under way is counted by its length.
 const LARGER_PART: usize = 4;
