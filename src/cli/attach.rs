@@ -143,10 +143,16 @@ pub(super) fn run(args: &Args, verbose: u8) -> anyhow::Result<ExitCode> {
     let shapes =
         [args.queues.is_some(), args.depth.is_some(), args.ublk_id.is_some(), args.logical_block_size.is_some()];
     if (args.frontend == Frontend::Nbd || names_socket) && shapes.contains(&true) {
-        let instead = if args.frontend == Frontend::Nbd { "--frontend nbd" } else { "--socket and --socket-owner" };
+        let nbd = [
+            (args.frontend == Frontend::Nbd).then_some("--frontend nbd"),
+            args.socket.is_some().then_some("--socket"),
+            args.socket_owner.is_some().then_some("--socket-owner"),
+        ];
+        let nbd: Vec<&str> = nbd.into_iter().flatten().collect();
         anyhow::bail!(
-            "--queues, --depth, --ublk-id and --logical-block-size are for block devices, {instead} for NBD: leave out the \
-             one or the other"
+            "--queues, --depth, --ublk-id and --logical-block-size are for block devices, {} for NBD: leave out the one or \
+             the other",
+            nbd.join(" and ")
         );
     }
     launch(args.manner, verbose, || {
