@@ -57,7 +57,7 @@ def tables(bench):
             runs = {setting: [] for setting in SETTINGS}
             for _ in range(bench.rounds):
                 for setting, hydrate in SETTINGS.items():
-                    runs[setting].append(one(bench, address, rtt_ms, hydrate))
+                    runs[setting].append(bench.undisturbed(lambda: one(bench, address, rtt_ms, hydrate)))
             for setting, rounds in runs.items():
                 # Less than a round trip: the block was here already.
                 misses = [[ms for ms in latencies if ms > rtt_ms * 0.9] for latencies, _ in rounds]

@@ -30,8 +30,8 @@ def shaped(bench, mbit, mib, rtts_ms):
             ours, theirs = [], []
             for _ in range(bench.rounds):
                 with relay(bench, address, mbit, rtt_ms) as link:
-                    ours.append(ferry_it(bench, link.address))
-                    theirs.append(copy_it(bench, link.address))
+                    ours.append(bench.undisturbed(lambda: ferry_it(bench, link.address)))
+                    theirs.append(bench.undisturbed(lambda: copy_it(bench, link.address)))
             our_s, their_s = median([took for took, _ in ours]), median([took for took, _ in theirs])
             our_cpu_s, their_cpu_s = (median([cpu for _, cpu in runs]) * GIB / size for runs in (ours, theirs))
             floor_s = size * 8 / (mbit * 1e6)

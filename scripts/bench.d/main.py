@@ -3,9 +3,6 @@
 import argparse
 import datetime
 import json
-import os
-import platform
-import re
 import subprocess
 from pathlib import Path
 
@@ -24,7 +21,8 @@ import plot
 import size
 import ublk
 import writes
-from tools import Bench, processors_awake, run
+from machine import described, processors_awake, share, ticks
+from tools import Bench, run
 
 COMPONENTS = {
     module.__name__: module
@@ -43,25 +41,6 @@ def code(repo):
     def git(*command):
         return run("git", "-C", repo, *command, "--", ".", *WORDS).strip()
     return git("log", "-1", "--format=%h") + ("-dirty" if git("status", "--porcelain") else "")
-
-
-def machine():
-    """What the figures depend on."""
-    model = re.search(r"^model name\s*: (.*)$", Path("/proc/cpuinfo").read_text(), flags=re.M)
-    memory = re.search(r"^MemTotal:\s*(\d+)", Path("/proc/meminfo").read_text(), flags=re.M)
-    return {
-        "cpus": os.cpu_count(),
-        "model": model.group(1) if model else platform.machine(),
-        "memory_mib": int(memory.group(1)) >> 10,
-        "kernel": platform.release().split("-")[0],
-        "load_before": round(os.getloadavg()[0], 1),
-    }
-
-
-def ticks():
-    """The processors' time so far: what the host gave to others while there was work here, and all of it."""
-    fields = [int(field) for field in Path("/proc/stat").read_text().splitlines()[0].split()[1:9]]
-    return fields[7], sum(fields)
 
 
 def peers():
@@ -96,17 +75,17 @@ def print_table(rows):
 
 def measured(bench, name, awake):
     """A component's tables, printed, and with how the machine was meanwhile."""
-    tables, (stolen, before) = [], ticks()
+    tables, before, bench.repeated = [], ticks(), 0
     for title, rows in COMPONENTS[name].tables(bench):
         print(f"\n{name}: {title}\n", flush=True)
         if rows:
             print_table(rows)
             tables.append({"measured": title, "rounds": bench.rounds, "awake": awake, "rows": rows})
-    now = ticks()
-    share = (now[0] - stolen) / max(now[1] - before, 1)
+    stolen = share(before, ticks())
     for table in tables:
-        table["stolen"] = round(share, 3)
-    print(f"\nof the processors' time, {share:.0%} went to other machines of this host")
+        table |= {"stolen": round(stolen, 3), "repeated": bench.repeated}
+    print(f"\nof the processors' time, {stolen:.0%} went to other machines of this host", end="")
+    print(f", for which {bench.repeated} measurements were made again" if bench.repeated else "")
     return tables
 
 
@@ -125,7 +104,7 @@ def main():
         "date": datetime.date.today().isoformat(),
         "commit": code(bench.repo),
         "quick": args.quick,
-        "machine": machine() | {"files_on": run("stat", "-f", "-c", "%T", bench.work).strip()},
+        "machine": described() | {"files_on": run("stat", "-f", "-c", "%T", bench.work).strip()},
         "peers": peers(),
         "components": {},
     }

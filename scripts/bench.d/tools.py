@@ -7,10 +7,11 @@ import os
 import re
 import signal
 import socket
-import struct
 import subprocess
 import time
 from pathlib import Path
+
+from machine import undisturbed
 
 PATIENCE_S = 60
 MIB = 1 << 20
@@ -36,6 +37,8 @@ class Bench:
         self.update = args.update
         # What went beyond a committed limit, in words.
         self.failed = []
+        # How often something was measured again because the machine was taken away meanwhile.
+        self.repeated = 0
 
     def path(self, stem):
         """A new name in the work directory."""
@@ -61,6 +64,12 @@ class Bench:
         run("cp", file, path)
         return path
 
+    def undisturbed(self, measure):
+        """What `measure` returns, from a time in which the machine was ours."""
+        result, repeated = undisturbed(measure)
+        self.repeated += repeated
+        return result
+
     def ferry(self, *args):
         """Runs blkferry; what it said."""
         return run(self.programs / "blkferry", *args)
@@ -81,20 +90,6 @@ def wait_for(what, is_true, pace_s=0.01):
         if time.monotonic() > end:
             raise SystemExit(f"bench: {what} never happened")
         time.sleep(pace_s)
-
-
-@contextlib.contextmanager
-def processors_awake():
-    """Keeps processors from sleeping while there is nothing to do, as cyclictest does; says whether that is so (it takes
-    root). One that sleeps in a virtual machine is somebody else's until the host gives it back: milliseconds, now and then,
-    which say nothing about what is measured here."""
-    with contextlib.ExitStack() as opened:
-        awake = False
-        with contextlib.suppress(OSError):
-            # The PM QoS interface (Documentation/power/pm_qos_interface.rst): microseconds, for as long as it is open.
-            file = opened.enter_context(open("/dev/cpu_dma_latency", "wb", buffering=0))
-            awake = file.write(struct.pack("i", 0)) > 0
-        yield awake
 
 
 def cpu_s(pid):

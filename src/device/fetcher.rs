@@ -45,6 +45,8 @@ pub(super) struct Fetcher {
     pub(super) unreadable: RefCell<Option<String>>,
     /// Fetches for hydration that failed since the last one that did not.
     failures: Cell<u32>,
+    /// Read ahead since hydration last counted it.
+    pub(super) ahead_bytes: Cell<u64>,
 }
 
 struct Reporter {
@@ -84,6 +86,7 @@ impl Fetcher {
             trouble: RefCell::default(),
             unreadable: RefCell::default(),
             failures: Cell::new(0),
+            ahead_bytes: Cell::new(0),
         })
     }
 
@@ -93,7 +96,12 @@ impl Fetcher {
             match requests.recv().await {
                 FetchRequest::Stop => return,
                 FetchRequest::Begin { .. } => unreachable!("a device begins once"),
-                FetchRequest::Fetch { fetch, run, lane } => self.start_fetch(fetch, run, lane, None),
+                FetchRequest::Fetch { fetch, run, lane } => {
+                    if lane == Lane::Ahead {
+                        self.ahead_bytes.update(|bytes| bytes + self.core.geometry().bytes_of(run).len());
+                    }
+                    self.start_fetch(fetch, run, lane, None);
+                }
                 FetchRequest::Store { fetch, run } => self.start_store(fetch, run),
                 FetchRequest::Release { fetch } => self.release(fetch),
                 FetchRequest::Extents { range, answer } => {

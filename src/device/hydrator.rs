@@ -93,7 +93,10 @@ impl Fetcher {
                 share.keep(bytes.max(SMALL_FETCH_BYTES) as usize);
                 self.start_fetch(fetch, run, lane, Some(share));
                 if let Mode::Rate(rate) = mode {
-                    let wait = pacer.spend(now(), rate, bytes);
+                    // Reading ahead is not held back: who reads there would ask for it anyway. But it counts, for a
+                    // second's worth each time, so that hydration goes on beside the fastest reader.
+                    let ahead_bytes = self.ahead_bytes.take().min(rate);
+                    let wait = pacer.spend(now(), rate, bytes + ahead_bytes);
                     let changed = self.core.hydration.changed.listen();
                     select(sleep(wait).boxed_local(), changed).await;
                 }

@@ -227,8 +227,8 @@ impl Queue {
         let (op, answer) = self.register(range.start, payload);
         self.core.counters.waiting.fetch_add(1, Ordering::Relaxed);
         self.core.apply(Event::Submit { op, kind, range });
-        // After it: what somebody waits for goes first. Where the background is held back, so is this.
-        if kind == OpKind::Read && self.core.hydration.mode() == Mode::Auto {
+        // After it: what somebody waits for goes first.
+        if kind == OpKind::Read && self.core.hydration.mode() != Mode::Off {
             self.core.apply(Event::Ahead { range });
         }
         let answer = answer.await.unwrap_or((Err(Errno::EIO), Vec::new()));

@@ -15,7 +15,7 @@
 //!               case.rs  explain.rs                          a case, and a failed one in few lines
 //!               hours.rs memory.rs                           a day of one device: nothing grows
 //!               windows.rs                                   what is under way is bounded
-//!               strides.rs                                   what is asked for ahead is worth it
+//!               ahead.rs                                     what is asked for ahead is worth it
 //!               doubt.rs                                     who is slow is not taken for dead
 //! ```
 //!
@@ -31,6 +31,7 @@
 
 #![allow(clippy::unwrap_used, missing_docs)]
 
+mod ahead;
 mod case;
 #[path = "../common/check.rs"]
 mod check;
@@ -53,7 +54,7 @@ mod setup;
 mod source;
 #[path = "../common/stamp.rs"]
 mod stamp;
-mod strides;
+
 mod trouble;
 mod weather;
 mod windows;
