@@ -51,7 +51,7 @@ fn a_reader_that_leaps_waits_less_than_one_that_jumps_about() {
     let leaps = time_of((0..READS).map(|number| FIRST + number * MIB).collect());
     let back = time_of((0..READS).rev().map(|number| FIRST + number * MIB).collect());
     // The same mebibytes, in another order, and somewhere in each of them.
-    let anywhere = |number: u64| FIRST + number.pow(3) % 41 * MIB + number.pow(5) % 61 * 4096;
+    let anywhere = |number: u64| FIRST + number.pow(3) % 41 * MIB + number.pow(5) % 61 * BYTES;
     let jumps = time_of((1..=READS).map(anywhere).collect());
     println!("{READS} reads at {ROUND_TRIP:?}: {leaps:?} by leaps, {back:?} back, {jumps:?} anywhere");
     assert!(jumps > ROUND_TRIP * READS as u32, "{jumps:?}: each one waits");

@@ -54,7 +54,6 @@ mod setup;
 mod source;
 #[path = "../common/stamp.rs"]
 mod stamp;
-
 mod trouble;
 mod weather;
 mod windows;
